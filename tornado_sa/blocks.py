@@ -1,0 +1,161 @@
+"""Blocks of code that are one unit of work: ``with`` statements and decorators."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import sys
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from tornado import gen
+
+from tornado_sa.errors import ConfigurationError, TornadoSAError
+from tornado_sa.scope import Scope, enter, leave
+
+if TYPE_CHECKING:
+    from tornado_sa.database import DatabaseCore
+
+P = ParamSpec("P")
+R = TypeVar("R")
+SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
+
+
+class _Block(Generic[SessionT]):
+    def __init__(
+        self, database: DatabaseCore[SessionT], label: str | None, *, commit: bool
+    ) -> None:
+        self._database = database
+        self._label = label
+        self._commits = commit
+        self._scope: Scope | None = None
+        self._previous: Scope | None = None
+
+    def _open(self) -> SessionT:
+        if self._scope is not None:
+            raise TornadoSAError(
+                f"The block {self._scope.label!r} is open already. Each block is a unit of work of"
+                " its own: call db.scope() or db.begin() again."
+            )
+        scope = Scope(self._label or _caller())
+        session = self._database.session_in(scope)
+        self._scope, self._previous = scope, enter(scope)
+        return session
+
+    def _leave(self) -> Scope:
+        scope, self._scope = cast(Scope, self._scope), None
+        leave(scope, self._previous)
+        return scope
+
+    def _to_commit(self, error: type[BaseException] | None) -> SessionT | None:
+        """The session to COMMIT on leaving, if any."""
+        if not self._commits or error is not None or self._scope is None:
+            return None
+        return cast("SessionT | None", self._scope.get(self._database))
+
+    def _for_call(self, function: Callable[..., Any]) -> Self:
+        """Make a fresh block for one call of the decorated ``function``."""
+        label = self._label or f"{function.__module__}.{function.__qualname__}"
+        return type(self)(self._database, label, commit=self._commits)
+
+
+class Block(_Block[Session]):
+    """What ``Database.scope()`` and ``Database.begin()`` return."""
+
+    def __enter__(self) -> Session:
+        return self._open()
+
+    def __exit__(
+        self,
+        error: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            session = self._to_commit(error)
+            if session is not None:
+                session.commit()
+        finally:
+            self._leave().end()
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate ``function``: each call is a unit of work, until its coroutine is done."""
+        _refuse_generators(function)
+        if _is_coroutine_function(function):
+
+            @functools.wraps(function)
+            async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with self._for_call(function):
+                    return await cast("Awaitable[Any]", function(*args, **kwargs))
+
+            return cast("Callable[P, R]", call_async)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self._for_call(function):
+                return function(*args, **kwargs)
+
+        return call
+
+
+class AsyncBlock(_Block[AsyncSession]):
+    """What ``AsyncDatabase.scope()`` and ``AsyncDatabase.begin()`` return."""
+
+    async def __aenter__(self) -> AsyncSession:
+        return self._open()
+
+    async def __aexit__(
+        self,
+        error: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            session = self._to_commit(error)
+            if session is not None:
+                await session.commit()
+        finally:
+            closings = self._leave().end()
+            if error is not GeneratorExit:  # a coroutine that is being closed must not wait
+                for closing in closings:
+                    await asyncio.shield(closing)
+
+    def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+        """Decorate a coroutine function: each call is a unit of work."""
+        _refuse_generators(function)
+        if not _is_coroutine_function(function):
+            raise ConfigurationError(
+                f"{function.__qualname__} is a plain function, and the session of an AsyncDatabase"
+                " has to be awaited. Write it with `async def`."
+            )
+
+        @functools.wraps(function)
+        async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with self._for_call(function):
+                return await function(*args, **kwargs)
+
+        return call
+
+
+def _caller() -> str:
+    """Where the ``with`` statement stands: its module and line."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") == __name__ and frame.f_back is not None:
+        frame = frame.f_back
+    return f"{frame.f_globals.get('__name__', '?')}:{frame.f_lineno}"
+
+
+def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or gen.is_coroutine_function(function)
+
+
+def _refuse_generators(function: Callable[..., Any]) -> None:
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigurationError(
+            f"{function.__qualname__} is a generator: its scope would end before its first line"
+            " runs. Open the scope inside it, with `with db.scope() as session:`."
+        )

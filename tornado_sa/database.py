@@ -1,0 +1,311 @@
+"""The database: engine, session factory, and the sessions of its scopes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from asyncio import Task
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from sqlalchemy import URL, Engine, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from tornado_sa.blocks import Block
+from tornado_sa.engine import shown, sync_engine
+from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed
+from tornado_sa.responses import mark_unreachable, summary
+from tornado_sa.scope import Scope, current_scope
+
+logger = logging.getLogger("tornado_sa")
+
+SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
+
+# Defaults that differ from SQLAlchemy's. A closed session raises instead of silently
+# beginning again; objects stay readable after the commit.
+_SESSION_DEFAULTS = {"close_resets_only": False, "expire_on_commit": False}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a database is doing at this moment, in this process.
+
+    Figures that the pool in use cannot give are None.
+    """
+
+    pool_size: int | None
+    """Connections the pool keeps."""
+    checked_out: int | None
+    """Connections in use."""
+    overflow: int | None
+    """Connections in existence beyond ``pool_size``."""
+    waiting: int | None
+    """Units of work that wait for a connection."""
+    open_scopes: list[Scope]
+    """The scopes that have a session of this database, oldest first. Each has a ``label`` and
+    an ``age`` in seconds."""
+
+
+class DatabaseCore(ABC, Generic[SessionT]):
+    """What `.Database` and `.AsyncDatabase` share: all that needs no I/O."""
+
+    def __init__(self, make_session: Callable[[], SessionT], engine: Engine) -> None:
+        self._make_session = make_session
+        self._sync_engine = engine
+        self._open_scopes: set[Scope] = set()
+        self._disposed_at = float("-inf")  # seconds of time.monotonic
+        try:
+            make_session()  # so that a wrong option is found now and not at the first request
+        except TypeError as error:
+            raise ConfigurationError(f"session_options are not accepted: {error}") from error
+        _databases.add(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown(self._sync_engine.url)})"
+
+    def session_in(self, scope: Scope) -> SessionT:
+        """The session of this database in ``scope``, made when it is first asked for.
+
+        Raises `.ScopeClosed`.
+        """
+        session: SessionT | None = scope.get(self)
+        if session is None:
+            scope.check()
+            self._open_scopes.add(scope)
+            try:
+                session = scope.put(self, self._make_session())
+            except ScopeClosed:
+                self._open_scopes.discard(scope)
+                raise
+        return session
+
+    def end_session(self, scope: Scope, session: SessionT) -> Task[None] | None:
+        """Roll back what was not committed and close; called by the scope as it ends.
+
+        Never raises: a failure is one line in the log.
+        """
+        self._open_scopes.discard(scope)
+        try:
+            return self._end(scope, session)
+        except Exception as error:
+            log_failed_closing(scope, error)
+            return None
+
+    def _way_to_end(self, scope: Scope) -> Callable[[Session], None]:
+        """How to end a session of ``scope``: by closing it, or with its connection.
+
+        No pool waits for a connection whose engine was disposed of in the meantime; it would stay
+        open until it is collected as garbage, and an aiosqlite thread for ever.
+        """
+        return Session.invalidate if scope.opened_at <= self._disposed_at else roll_back_and_close
+
+    @abstractmethod
+    def _end(self, scope: Scope, session: SessionT) -> Task[None] | None: ...
+
+    def status(self) -> Status:
+        """How busy the database is: its pool, and the scopes that are open."""
+        pool = self._sync_engine.pool
+
+        def figure(name: str) -> int | None:
+            method = getattr(pool, name, None)
+            return None if method is None else max(0, method())
+
+        return Status(
+            pool_size=figure("size"),
+            checked_out=figure("checkedout"),
+            overflow=figure("overflow"),
+            waiting=figure("waiting"),
+            open_scopes=sorted(list(self._open_scopes), key=lambda scope: scope.opened_at),
+        )
+
+    def _abandon(self) -> None:
+        """Name the units of work that are still open as the engine goes away, in one log line."""
+        self._disposed_at = time.monotonic()
+        leftovers = self.status().open_scopes
+        if leftovers:
+            listed = ", ".join(f"{scope.label} ({scope.age:.1f} s)" for scope in leftovers)
+            logger.warning("%r is disposed of while still in use by: %s", self, listed)
+
+    def _after_fork(self) -> None:
+        """Start afresh in a forked child; the parent's connections stay the parent's."""
+        self._sync_engine.dispose(close=False)
+        self._open_scopes = set()
+
+
+class Database(DatabaseCore[Session]):
+    """An SQLAlchemy database for plain ``Session`` code.
+
+    ``url``
+        A ``str``, a ``sqlalchemy.URL`` or a ready ``Engine``. A ready engine
+        keeps its own pool. In-memory SQLite is one connection, shared by every
+        scope and thread: good for trying things out.
+    ``engine_options``
+        Passed to ``sqlalchemy.create_engine``.
+    ``session_options``
+        Passed to ``sqlalchemy.orm.sessionmaker``. Two defaults differ from
+        SQLAlchemy's: ``close_resets_only=False``, so that a closed session
+        raises instead of silently beginning again, and
+        ``expire_on_commit=False``, so that objects stay readable.
+
+    Queries block the thread they run in. In a Tornado handler that is the event
+    loop, which is right for SQLite and for scripts; for a database server use
+    `.AsyncDatabase`.
+
+    Raises `.ConfigurationError` for an async or unknown driver, or one that is
+    not installed.
+    """
+
+    def __init__(
+        self,
+        url: str | URL | Engine,
+        *,
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        #: The SQLAlchemy engine.
+        self.engine: Engine = sync_engine(url, engine_options)
+        #: Makes sessions that belong to no scope; you close those yourself.
+        self.sessionmaker: sessionmaker[Session] = sessionmaker(
+            **{"bind": self.engine, **_SESSION_DEFAULTS, **(session_options or {})}
+        )
+        super().__init__(self.sessionmaker, self.engine)
+        #: The current scope's session, usable from anywhere below the scope.
+        self.session: scoped_session[Session] = scoped_session(self.sessionmaker, current_scope)
+        self.session.registry = ScopeRegistry(self)
+
+    def scope(self, label: str | None = None) -> Block:
+        """Open a new scope: a unit of work with its own session, rolled back at its end.
+
+        A context manager that yields the session, and a decorator::
+
+            with db.scope() as session:
+                session.get(Note, 7)
+
+            @db.scope()
+            def job():
+                db.session.get(Note, 7)
+
+        It is always a new scope, also inside a request. What was not committed
+        is rolled back. ``label`` is what errors and logs call it; by default
+        the place of the ``with`` statement, or the function's name.
+        """
+        return Block(self, label, commit=False)
+
+    def begin(self, label: str | None = None) -> Block:
+        """Like `scope`, with COMMIT on leaving and ROLLBACK on an exception."""
+        return Block(self, label, commit=True)
+
+    def _end(self, scope: Scope, session: Session) -> None:
+        self._way_to_end(scope)(session)
+
+    def ping(self, timeout: float = 5.0) -> Literal[True]:
+        """Return True when the database answers; block for at most ``timeout`` seconds.
+
+        Raises what SQLAlchemy raised, or ``TimeoutError``. A handler that lets
+        the error pass answers 503.
+        """
+        outcome: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                with self.engine.connect() as connection:
+                    connection.execute(select(1))
+            except BaseException as error:
+                outcome.append(error)
+
+        # A thread, because no driver-independent call gives up after a given time.
+        thread = threading.Thread(target=ask, name="tornado_sa ping", daemon=True)
+        thread.start()
+        thread.join(timeout)
+        if thread.is_alive():
+            raise no_answer(self, timeout)
+        if outcome:
+            raise outcome[0]
+        return True
+
+    def dispose(self, timeout: float = 10.0) -> None:
+        """Close the pool's connections, at shutdown. Units still open are named in the log.
+
+        ``timeout`` is for symmetry with `.AsyncDatabase`: a plain session is
+        closed the moment its scope ends, so there is nothing to wait for.
+        """
+        self._abandon()
+        self.engine.dispose()
+
+
+class ScopeRegistry(ScopedRegistry[SessionT]):
+    """Lets ``scoped_session`` keep its sessions in the scopes themselves.
+
+    So nothing outlives a scope, and ``self.session`` and ``db.session`` cannot
+    differ. The legacy idiom ``db.session.remove()`` stays harmless anywhere.
+    """
+
+    def __init__(self, database: DatabaseCore[SessionT]) -> None:
+        super().__init__(database._make_session, current_scope)
+        self._database = database
+
+    def __call__(self) -> SessionT:
+        return self._database.session_in(current_scope())
+
+    def has(self) -> bool:
+        try:
+            return current_scope().get(self._database) is not None
+        except (NoActiveScope, ScopeClosed):
+            return False
+
+    def set(self, obj: SessionT) -> None:
+        scope = current_scope()
+        scope.drop(self._database)
+        scope.put(self._database, obj)
+        self._database._open_scopes.add(scope)
+
+    def clear(self) -> None:
+        if self.has():
+            current_scope().drop(self._database)
+
+
+def roll_back_and_close(session: Session) -> None:
+    """End ``session`` so that its connection goes back clean, whatever state it is in.
+
+    Rolled back *before* it is closed: after a COMMIT that failed, ``close()``
+    alone returns an SQLite connection with the transaction still open, and
+    after a rollback that failed, ``close()`` makes the pool look at the
+    connection again. Expunged before that, because a rollback would expire
+    objects that somebody may still read.
+    """
+    try:
+        if session.in_transaction():
+            session.expunge_all()
+            session.rollback()
+    finally:
+        session.close()
+
+
+def log_failed_closing(scope: Scope, error: BaseException) -> None:
+    """Log that a session could not be closed properly. One line: nobody can act on more."""
+    logger.error("Closing the session of %s failed: %s", scope.label, summary(error))
+
+
+def no_answer(database: DatabaseCore[Any], timeout: float) -> TimeoutError:
+    """The error for a database that said nothing for ``timeout`` seconds."""
+    error = TimeoutError(f"{database!r} did not answer within {timeout:g} s.")
+    mark_unreachable(error)
+    return error
+
+
+_databases: weakref.WeakSet[DatabaseCore[Any]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for database in list(_databases):
+        database._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

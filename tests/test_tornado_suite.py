@@ -1,0 +1,47 @@
+"""Tornado's own test suite, with the mixin in every handler: nothing changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Tests that look at the class object, and so at ours instead of their own:
+EXCEPTIONS = {
+    # compares the list of tornado.web's public names, and finds our additions (Tornado 6.6)
+    "tornado.test.api_test.APISnapshotTest.test_api_snapshot",
+    # reads an attribute that prepare() sets on type(self), which is our subclass
+    "tornado.test.web_test.CrossOriginProtectionBeforePrepareTest"
+    ".test_websocket_upgrade_header_not_checked",
+}
+
+
+@cache
+def run(mode: str) -> Any:
+    script = Path(__file__).with_name("injected.py")
+    root = script.parents[1]
+    done = subprocess.run(
+        [sys.executable, str(script), mode],
+        stdout=subprocess.PIPE,
+        check=True,
+        cwd=root,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mode", ["above", "below"])
+def test_with_the_mixin_in_every_handler(mode: str) -> None:
+    bare, ours = run("none"), run(mode)
+    assert ours["run"] == bare["run"] > 500
+    assert {name: trace for name, trace in ours["failed"].items() if name not in EXCEPTIONS} == {
+        name: ours["failed"].get(name) for name in bare["failed"]
+    }
+    assert ours["log"] == bare["log"]
+    assert ours["checked_out"] == 0
+    assert ours["open_scopes"] == []

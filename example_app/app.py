@@ -57,6 +57,7 @@ def create_schema(db: Database) -> None:
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    connection.execute("PRAGMA foreign_keys = ON").close()
-    # Readers and the writer do not wait for each other.
-    connection.execute("PRAGMA journal_mode = WAL").close()
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA journal_mode = WAL")  # readers and the writer need not wait
+    cursor.close()

@@ -76,8 +76,10 @@ def test_ready_engine_and_url_object(tmp_path: Path) -> None:
     assert db.engine is engine
     assert db.status().pool_size == 3
     url = URL.create("sqlite", database=str(tmp_path / "a.db"))
-    with Database(url).begin() as session:
+    other = Database(url)
+    with other.begin() as session:
         session.execute(text("CREATE TABLE t (x)"))
+    other.dispose()
     with db.scope() as session:
         assert session.execute(text("SELECT * FROM t")).all() == []
     db.dispose()

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from tornado import gen
 from tornado.web import Finish, HTTPError
 
-from tests.support import Flavour, Note, Reply, only, settle, until
+from tests.support import CANCELLED_LOG, Flavour, Note, Reply, only, settle, until
 from tornado_sa import ScopeClosed, current_scope
 
 
@@ -272,7 +272,9 @@ async def test_a_kept_session_is_dead_after_the_request(flavour: Flavour, serve:
 
 @pytest.mark.parametrize("way", ["task", "callback"])
 @pytest.mark.gen_test
-async def test_finish_called_from_elsewhere(flavour: Flavour, serve: Any, way: str) -> None:
+async def test_finish_called_from_elsewhere(
+    flavour: Flavour, serve: Any, expected_log: list[str], way: str
+) -> None:
     """It ends the scope of the handler that is finished, not the one of whoever calls."""
     waiting: list[Any] = []
     outcome: list[str] = []
@@ -307,6 +309,7 @@ async def test_finish_called_from_elsewhere(flavour: Flavour, serve: Any, way: s
                 _ = other.session
             outcome.append("mine is alive")
 
+    expected_log += CANCELLED_LOG
     fetch = serve(Waiting, "/waiting")
     finishing = serve(Finishing, "/finishing")
     first = asyncio.ensure_future(fetch("/waiting"))

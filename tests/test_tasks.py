@@ -10,7 +10,16 @@ from sqlalchemy import event, select, text
 from tornado import gen
 from tornado.ioloop import IOLoop
 
-from tests.support import Flavour, Note, RawClient, make_database, only, settle, until
+from tests.support import (
+    CANCELLED_LOG,
+    Flavour,
+    Note,
+    RawClient,
+    make_database,
+    only,
+    settle,
+    until,
+)
 from tornado_sa import ConcurrentAccess, NoActiveScope, ScopeClosed
 
 async_only = only("aiosqlite", "asyncpg", "psycopg_async")
@@ -136,7 +145,9 @@ async def test_two_tasks_use_one_session_at_once(flavour: Flavour, debug: bool) 
 
 @pytest.mark.parametrize("where", ["prepare", "verb"])
 @pytest.mark.gen_test
-async def test_cancelled_handler(flavour: Flavour, serve: Any, base_url: str, where: str) -> None:
+async def test_cancelled_handler(
+    flavour: Flavour, serve: Any, expected_log: list[str], where: str
+) -> None:
     """Rolled back, closed and answered, on Tornado 6.5 too."""
     tasks: list[Any] = []
 
@@ -154,6 +165,7 @@ async def test_cancelled_handler(flavour: Flavour, serve: Any, base_url: str, wh
         async def get(self) -> None:
             await wait(self)
 
+    expected_log += CANCELLED_LOG
     fetch = serve(Handler)
     answer = asyncio.ensure_future(fetch())
     await until(lambda: tasks)
@@ -166,7 +178,7 @@ async def test_cancelled_handler(flavour: Flavour, serve: Any, base_url: str, wh
 @pytest.mark.parametrize("cancels", [True, False])
 @pytest.mark.gen_test
 async def test_client_vanishes_while_the_verb_waits(
-    flavour: Flavour, serve: Any, base_url: str, cancels: bool
+    flavour: Flavour, serve: Any, base_url: str, expected_log: list[str], cancels: bool
 ) -> None:
     entered, go_on = asyncio.Event(), asyncio.Event()
     outcome: list[str] = []
@@ -185,6 +197,7 @@ async def test_client_vanishes_while_the_verb_waits(
             await settle(self.session.commit())
             outcome.append("committed")
 
+    expected_log += CANCELLED_LOG if cancels else []
     serve(Handler)
     async with RawClient(base_url) as client:
         await client.send("POST / HTTP/1.1\nHost: x\nContent-Length: 0")

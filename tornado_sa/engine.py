@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import URL, Dialect, Engine, create_engine, exc, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from tornado_sa.errors import ConfigurationError
 from tornado_sa.pool import SharedPool
@@ -85,9 +86,7 @@ def async_engine(url: str | URL | AsyncEngine, options: Mapping[str, Any] | None
 
 
 def is_memory(url: URL) -> bool:
-    """True if ``url`` names an SQLite database that lives in memory."""
-    if url.get_backend_name() != "sqlite":
-        return False
+    """True if the SQLite ``url`` names a database that lives in memory."""
     return not url.database or ":memory:" in url.database or url.query.get("mode") == "memory"
 
 
@@ -121,9 +120,13 @@ def _parse(url: str | URL, kind: str) -> URL:
 
 def _build(factory: Any, url: URL, options: Mapping[str, Any] | None) -> Any:
     settings = dict(options or {})
-    if is_memory(url) and not {"poolclass", "pool"} & settings.keys():
-        settings["poolclass"] = SharedPool
-        settings["connect_args"] = {"check_same_thread": False} | settings.get("connect_args", {})
+    if url.get_backend_name() == "sqlite" and not {"poolclass", "pool"} & settings.keys():
+        if is_memory(url):
+            settings["poolclass"] = SharedPool
+            threads = {"check_same_thread": False}
+            settings["connect_args"] = threads | settings.get("connect_args", {})
+        elif url.drivername == "sqlite+aiosqlite":
+            settings["poolclass"] = AsyncAdaptedQueuePool  # NullPool before SQLAlchemy 2.0.38
     if settings.get("creator"):
         settings["creator"] = _marking(settings["creator"])
     try:

@@ -29,6 +29,7 @@ from tornado_sa import (
     TornadoSAError,
     current_scope,
 )
+from tornado_sa.responses import status_for
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_wrong_base_order() -> None:
     [
         (SessionHandler, {}, r"Application\(handlers, db=Database\(url\)\).*database = Database"),
         (AsyncSessionHandler, {}, r"db=AsyncDatabase\(url\)"),
-        (SessionHandler, {"db": "sqlite://"}, "is no Database"),
+        (SessionHandler, {"db": "sqlite://"}, "was given a str .* needs a Database"),
         (AsyncSessionHandler, {"db": Database("sqlite://")}, "needs an AsyncDatabase"),
     ],
 )
@@ -322,3 +323,55 @@ def test_every_error_is_ours() -> None:
     ]
     assert len(errors) == 7
     assert all(issubclass(error, TornadoSAError) for error in errors)
+
+
+def test_memory_database_is_one_however_it_is_opened() -> None:
+    async def main() -> None:
+        db = AsyncDatabase("sqlite+aiosqlite://")
+
+        async def address() -> int:
+            async with db.scope() as session:
+                raw = await (await session.connection()).get_raw_connection()
+                return id(raw.driver_connection)
+
+        assert len(set(await asyncio.gather(*(address() for _ in range(5))))) == 1
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+def test_one_engine_for_many_databases(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'a.db'}")
+    for _ in range(1100):  # more than the recursion limit
+        db = Database(engine)
+    assert db.ping()
+    db.dispose()
+
+
+def test_outage_behind_a_creator_is_known_as_one() -> None:
+    async def connect() -> Any:
+        raise ConnectionRefusedError
+
+    async def main() -> None:
+        db = AsyncDatabase("postgresql+asyncpg://", engine_options={"async_creator": connect})
+        with pytest.raises(ConnectionRefusedError) as caught:
+            await db.ping()
+        assert status_for(caught.value) == 503
+
+    asyncio.run(main())
+
+
+@only("psycopg")
+def test_child_that_unwinds_leaves_the_parents_transaction_alone(flavour: Flavour) -> None:
+    with flavour.db.scope() as session:
+        session.execute(text("CREATE TEMPORARY TABLE mine (x int) ON COMMIT DROP"))
+        child = os.fork()
+        if child == 0:
+            try:
+                raise SystemExit
+            finally:
+                flavour.db._open_scopes, leave = set(), current_scope().end
+                leave()
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert session.scalar(text("SELECT count(*) FROM mine")) == 0

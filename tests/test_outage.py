@@ -92,6 +92,8 @@ async def test_nobody_listens(flavour: Flavour, serve: Any, expected_log: list[s
             raise ConnectionRefusedError("of the handler's own")
 
         def write_error(self, status_code: int, **kwargs: Any) -> None:
+            if self.get_query_argument("status", None):
+                self.set_status(418)
             self.finish(kwargs["exc_info"][0].__name__)
 
     expected_log += ["GET /: 503 Service Unavailable", "Uncaught exception POST /"]
@@ -99,6 +101,8 @@ async def test_nobody_listens(flavour: Flavour, serve: Any, expected_log: list[s
     response = await fetch()
     assert response.code == 503
     assert response.body != b"HTTPError"  # write_error gets the original
+    expected_log.append("GET /: 503 Service Unavailable")
+    assert "Retry-After" not in (await fetch("/?status=418")).headers
     response = await fetch(method="POST")
     assert response.code == 500
     assert "Retry-After" not in response.headers

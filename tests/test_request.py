@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 from tornado import gen
-from tornado.web import Finish, HTTPError
+from tornado.web import ErrorHandler, Finish, HTTPError
 
 from tests.support import CANCELLED_LOG, Flavour, Note, Reply, only, settle, until
 from tornado_sa import ScopeClosed, current_scope
@@ -409,3 +410,76 @@ async def test_get_one_first_or_404(flavour: Flavour, serve: Any, expected_log: 
     assert (await fetch(method="DELETE")).code == 404
     expected_log.append("Uncaught exception GET /")  # several rows are a mistake, not a 404
     assert (await fetch("/?by=one_or_404&text=two")).code == 500
+
+
+@pytest.mark.gen_test
+async def test_column_that_is_not_unique(
+    flavour: Flavour, serve: Any, expected_log: list[str]
+) -> None:
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await settle(self.one_or_404(select(Note.text)))
+
+    await flavour.in_scope(
+        lambda session: session.add_all([Note(text="same"), Note(text="same")]), commit=True
+    )
+    expected_log.append("Uncaught exception GET /")
+    assert (await serve(Handler)()).code == 500
+
+
+@pytest.mark.gen_test
+async def test_db_session_before_prepare_and_without_it(
+    flavour: Flavour, serve: Any, app: Any, expected_log: list[str]
+) -> None:
+    class Handler(flavour.Handler):
+        def get_current_user(self) -> Any:
+            return type(flavour.db.session()).__name__
+
+        def write_error(self, status_code: int, **kwargs: Any) -> None:
+            assert flavour.db.session() is self.session
+            self.finish(f"{status_code} {self.current_user}")
+
+    fetch = serve(Handler)
+    assert (await fetch()).body.startswith(b"405 ")
+    app.settings.update(xsrf_cookies=True, cookie_secret="x")
+    expected_log.append("_xsrf")
+    assert (await fetch(method="POST")).body.startswith(b"403 ")
+
+
+@pytest.mark.gen_test
+async def test_decorator_that_copies_our_mark(flavour: Flavour, serve: Any) -> None:
+    """functools.wraps copies __dict__, and with it what a wrapper is known by."""
+
+    class Parent(flavour.Handler):
+        def prepare(self) -> None:
+            pass
+
+    class Child(Parent):
+        def prepare(self) -> None:  # calls nobody
+            pass
+
+        functools.update_wrapper(prepare, Parent.prepare)
+
+        async def get(self) -> None:
+            await settle(self.session.execute(select(1)))
+            stream = self.detach()
+            await stream.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            stream.close()
+
+    assert (await serve(Child)()).code == 200
+    await until(lambda: flavour.checked_out() == 0)
+
+
+@only("sqlite", "asyncpg")
+@pytest.mark.gen_test
+async def test_handler_of_tornado_before_ours(flavour: Flavour, serve: Any, app: Any) -> None:
+    """ErrorHandler.prepare hides ours, and is wrapped all the same."""
+
+    class Handler(ErrorHandler, flavour.Handler):
+        def write_error(self, status_code: int, **kwargs: Any) -> None:
+            assert flavour.db.session() is self.session
+            self.finish("mine")
+
+    app.add_handlers(r".*", [("/gone", Handler, {"status_code": 410})])
+    response = await serve(flavour.Handler)("/gone")
+    assert (response.code, response.body) == (410, b"mine")

@@ -303,3 +303,24 @@ async def test_block_of_a_coroutine_that_is_closed(flavour: Flavour) -> None:
     task.cancel()
     with pytest.raises(RuntimeError, match="cannot reuse"):
         await task
+
+
+@pytest.mark.gen_test
+async def test_remove_and_no_further_use(flavour: Flavour) -> None:
+    async def remove(session: Any) -> None:
+        await settle(session.execute(select(1)))
+        await settle(flavour.db.session.remove())
+
+    await flavour.in_scope(remove)
+    assert flavour.db.status().open_scopes == []
+
+
+@sync_only
+def test_session_that_cannot_be_made(flavour: Flavour) -> None:
+    def fail(**options: Any) -> Any:
+        raise LookupError("no tenant")
+
+    flavour.db._make_session = fail
+    with pytest.raises(LookupError), flavour.db.scope():
+        pass
+    assert flavour.db.status().open_scopes == []

@@ -72,7 +72,8 @@ async def test_scope_does_not_leak_to_the_next_request_of_the_connection(
 
         async def post(self) -> None: ...
 
-        def set_default_headers(self) -> None:  # called first of all, by __init__
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             self.set_header("Before", repr(scope.current.get()))
 
     serve(stream_request_body(Upload))
@@ -173,20 +174,21 @@ async def test_error_inside_write_error(
 
 
 @pytest.mark.gen_test
-async def test_initialize_that_raises_after_using_the_session(
-    flavour: Flavour,
-    serve: Any,
-    base_url: str,
-    expected_log: list[str],
+@pytest.mark.parametrize("method", ["__init__", "set_default_headers", "initialize"])
+async def test_construction_that_raises_after_using_the_session(
+    flavour: Flavour, serve: Any, base_url: str, expected_log: list[str], method: str
 ) -> None:
     """Tornado calls nothing after that."""
 
-    class Handler(flavour.Handler):
-        def initialize(self) -> None:
-            self.session.add(Note(text="lost"))
-            raise ValueError("in initialize")
+    def use_and_raise(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:
+            flavour.Handler.__init__(self, *args, **kwargs)
+        self.session.add(Note(text="lost"))
+        if not flavour.is_async:
+            self.session.flush()
+        raise ValueError("while it is made")
 
-        async def get(self) -> None: ...
+    Handler = type("Handler", (flavour.Handler,), {method: use_and_raise})
 
     serve(Handler)
     expected_log.append("Uncaught exception")

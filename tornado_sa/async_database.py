@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import Task
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, cast
 
 from sqlalchemy import URL, select
-from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
+    AsyncSessionTransaction,
     async_scoped_session,
     async_sessionmaker,
 )
+from sqlalchemy.orm import Session
 
 from tornado_sa.blocks import AsyncBlock
 from tornado_sa.database import (
@@ -24,12 +27,13 @@ from tornado_sa.database import (
     log_failed_closing,
     logger,
     no_answer,
+    roll_back_and_close,
 )
 from tornado_sa.engine import async_engine
 from tornado_sa.errors import ConcurrentAccess
 from tornado_sa.scope import Scope, current_scope
 
-# How often a session that is busy connecting is tried again, in seconds.
+# How often a session that cannot be closed at the moment is tried again, in seconds.
 _RETRY_CLOSING = 0.01
 
 
@@ -94,20 +98,36 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         except RuntimeError:  # the loop is gone, or this is not its thread: drop the connection
             session.sync_session.invalidate()
             return None
-        closing = loop.create_task(self._close(scope, session), name=f"close {scope.label}")
+        closing = loop.create_task(
+            self._close(scope, cast("TrackedSession", session)), name=f"close {scope.label}"
+        )
         self._closings.add(closing)
         closing.add_done_callback(self._closings.discard)
         return closing
 
-    async def _close(self, scope: Scope, session: AsyncSession) -> None:
-        users = session.users if isinstance(session, TrackedSession) else []
-        try:
-            if users:
-                await _take_away(scope, session, users)
-            else:
-                await AsyncSession.run_sync(session, self._way_to_end(scope))
-        except Exception as error:
-            log_failed_closing(scope, error)
+    async def _close(self, scope: Scope, session: TrackedSession) -> None:
+        # A COMMIT is never broken off: nobody could tell its outcome.
+        while session.committing:  # noqa: ASYNC110  (rare, short, and no event tells its end)
+            await asyncio.sleep(_RETRY_CLOSING)
+        users = session.users
+        if users:
+            logger.warning(
+                "%s ended while its session was in use by task %s; its query is broken off."
+                " Await the task before the unit of work ends, or give it a scope of its own.",
+                scope.label,
+                ", ".join(repr(task.get_name()) for task in users),
+            )
+        end = _break_off if users else self._way_to_end(scope)
+        while True:
+            try:
+                await AsyncSession.run_sync(session, end)
+                return
+            except IllegalStateChangeError:
+                # It is connecting; the driver's timeouts bound this.
+                await asyncio.sleep(_RETRY_CLOSING)
+            except Exception as error:
+                log_failed_closing(scope, error)
+                return
 
     async def ping(self, timeout: float = 5.0) -> Literal[True]:
         """Return True when the database answers within ``timeout`` seconds.
@@ -152,6 +172,28 @@ class TrackedSession(AsyncSession):
         super().__init__(*args, **kwargs)
         #: The tasks inside, innermost call last.
         self.users: list[Task[Any]] = []
+        #: True while one of them is in a COMMIT.
+        self.committing: bool = False
+
+    async def commit(self) -> None:
+        with self.commit_in_progress():
+            await super().commit()
+
+    def begin(self) -> AsyncSessionTransaction:
+        return _TrackedTransaction(self)
+
+    def begin_nested(self) -> AsyncSessionTransaction:
+        return _TrackedTransaction(self, nested=True)
+
+    @contextmanager
+    def commit_in_progress(self) -> Iterator[None]:
+        task = self._enter()
+        self.committing = True
+        try:
+            yield
+        finally:
+            self.committing = False
+            self.users.remove(task)
 
     def _enter(self) -> Task[Any]:
         task = asyncio.current_task()
@@ -164,6 +206,20 @@ class TrackedSession(AsyncSession):
             )
         self.users.append(task)
         return task
+
+
+class _TrackedTransaction(AsyncSessionTransaction):
+    """What ``session.begin()`` returns: commits without going through the session's methods."""
+
+    session: TrackedSession
+
+    async def commit(self) -> None:
+        with self.session.commit_in_progress():
+            await super().commit()
+
+    async def __aexit__(self, *error: Any) -> None:
+        with self.session.commit_in_progress():
+            await super().__aexit__(*error)
 
 
 def _track(name: str) -> Callable[..., Any]:
@@ -182,7 +238,7 @@ def _track(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "commit connection delete execute flush get get_one merge refresh rollback run_sync scalar"
+    "connection delete execute flush get get_one merge refresh rollback run_sync scalar"
     " scalars stream stream_scalars"
 ).split():
     setattr(TrackedSession, _name, _track(_name))
@@ -194,18 +250,20 @@ def _tracked_class(base: type[AsyncSession], debug: bool) -> type[AsyncSession]:
     return type(base.__name__, bases, {"_debug": debug})
 
 
-async def _take_away(scope: Scope, session: AsyncSession, users: list[Task[Any]]) -> None:
-    """Take the connection away from tasks that outlived their unit of work."""
-    names = ", ".join(repr(task.get_name()) for task in users)
-    logger.warning(
-        "%s ended while its session was in use by task %s; its connection is discarded. Await the"
-        " task before the unit of work ends, or give it a scope of its own.",
-        scope.label,
-        names,
-    )
-    while True:
-        try:
-            await session.invalidate()
-            return
-        except IllegalStateChangeError:  # busy connecting: the driver's timeout bounds this
-            await asyncio.sleep(_RETRY_CLOSING)
+def _break_off(session: Session) -> None:
+    """End a session whose query another task still waits for.
+
+    asyncpg and aiosqlite let go of a connection that is closed under a query.
+    psycopg does not: its waiting task goes on watching the number of the closed
+    socket, which the next connection is given, and both fail. There the query
+    is cancelled on the server, and the rollback waits for it to end.
+    """
+    try:
+        connection: Any = session.connection().connection
+    except InvalidRequestError as error:  # it is connecting: try again later
+        raise IllegalStateChangeError(str(error)) from error
+    if hasattr(connection.driver_connection, "cancel_safe"):
+        connection.dbapi_connection.run_async(lambda driver: driver.cancel_safe())
+        roll_back_and_close(session)
+    else:
+        session.invalidate()

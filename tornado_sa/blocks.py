@@ -59,7 +59,8 @@ class _Block(Generic[SessionT]):
 
     def _for_call(self, function: Callable[..., Any]) -> Self:
         """Make a fresh block for one call of the decorated ``function``."""
-        label = self._label or f"{function.__module__}.{function.__qualname__}"
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        label = self._label or f"{function.__module__}.{name}"
         return type(self)(self._database, label, commit=self._commits)
 
 

@@ -10,10 +10,11 @@ import weakref
 from abc import ABC, abstractmethod
 from asyncio import Task
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from sqlalchemy import URL, Engine, select
+from sqlalchemy import URL, Engine, ExceptionContext, event, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
@@ -24,7 +25,7 @@ from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed
 from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
 
-logger = logging.getLogger("tornado_sa")
+logger: logging.Logger = logging.getLogger("tornado_sa")
 
 SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
 
@@ -61,6 +62,8 @@ class DatabaseCore(ABC, Generic[SessionT]):
         self._sync_engine = engine
         self._open_scopes: set[Scope] = set()
         self._disposed_at = float("-inf")  # seconds of time.monotonic
+        self._of_the_parent: list[SessionT] = []
+        event.listen(engine, "handle_error", _discard_connection)
         try:
             make_session()  # so that a wrong option is found now and not at the first request
         except TypeError as error:
@@ -81,7 +84,7 @@ class DatabaseCore(ABC, Generic[SessionT]):
             self._open_scopes.add(scope)
             try:
                 session = scope.put(self, self._make_session())
-            except ScopeClosed:
+            except BaseException:
                 self._open_scopes.discard(scope)
                 raise
         return session
@@ -114,8 +117,9 @@ class DatabaseCore(ABC, Generic[SessionT]):
         pool = self._sync_engine.pool
 
         def figure(name: str) -> int | None:
-            method = getattr(pool, name, None)
-            return None if method is None else max(0, method())
+            found = getattr(pool, name, None)  # a method in most pools, a number in one
+            number: int | None = found() if callable(found) else found
+            return None if number is None else max(0, number)
 
         return Status(
             pool_size=figure("size"),
@@ -136,6 +140,11 @@ class DatabaseCore(ABC, Generic[SessionT]):
     def _after_fork(self) -> None:
         """Start afresh in a forked child; the parent's connections stay the parent's."""
         self._sync_engine.dispose(close=False)
+        for scope in self._open_scopes:
+            # Taken out, or the end of the scope would roll back on the parent's socket; and kept,
+            # or the garbage collector would.
+            self._of_the_parent.append(self.session_in(scope))
+            scope.drop(self)
         self._open_scopes = set()
 
 
@@ -268,7 +277,9 @@ class ScopeRegistry(ScopedRegistry[SessionT]):
 
     def clear(self) -> None:
         if self.has():
-            current_scope().drop(self._database)
+            scope = current_scope()
+            scope.drop(self._database)
+            self._database._open_scopes.discard(scope)
 
 
 def roll_back_and_close(session: Session) -> None:
@@ -280,12 +291,30 @@ def roll_back_and_close(session: Session) -> None:
     connection again. Expunged before that, because a rollback would expire
     objects that somebody may still read.
     """
+    token = _ending.set(True)
     try:
         if session.in_transaction():
             session.expunge_all()
             session.rollback()
     finally:
-        session.close()
+        try:
+            session.close()
+        finally:
+            _ending.reset(token)
+
+
+_ending: ContextVar[bool] = ContextVar("tornado_sa.ending", default=False)
+
+
+def _discard_connection(context: ExceptionContext) -> None:
+    """Discard a connection that fails while its session is ended, for nobody knows its state.
+
+    An asyncpg connection that is still busy, say with a forgotten task's stream, refuses the
+    rollback, and SQLAlchemy would then take it for clean and hand it out again.
+    """
+    if _ending.get():
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
 
 
 def log_failed_closing(scope: Scope, error: BaseException) -> None:

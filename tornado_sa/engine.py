@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import URL, Dialect, Engine, create_engine, exc, make_url
@@ -37,6 +39,9 @@ _PACKAGES = {
 
 # Query parameters that carry a password or a token.
 _SECRET = re.compile("passw|pwd|secret|token|odbc_connect", re.IGNORECASE)
+
+# Set on functions that mark the errors of connecting.
+_MARKS = "_tornado_sa_marks"
 
 
 def sync_engine(url: str | URL | Engine, options: Mapping[str, Any] | None) -> Engine:
@@ -127,8 +132,9 @@ def _build(factory: Any, url: URL, options: Mapping[str, Any] | None) -> Any:
             settings["connect_args"] = threads | settings.get("connect_args", {})
         elif url.drivername == "sqlite+aiosqlite":
             settings["poolclass"] = AsyncAdaptedQueuePool  # NullPool before SQLAlchemy 2.0.38
-    if settings.get("creator"):
-        settings["creator"] = _marking(settings["creator"])
+    for creator in ("creator", "async_creator"):
+        if settings.get(creator):
+            settings[creator] = _marking(settings[creator])
     try:
         return factory(url, **settings)
     except exc.NoSuchModuleError:
@@ -174,18 +180,32 @@ def _mark_failed_connects(dialect: Dialect) -> None:
     Set on the dialect, because a ``do_connect`` listener that connects would
     silence listeners added after it, such as those that fetch a fresh password.
     """
-    setattr(dialect, "connect", _marking(dialect.connect))  # noqa: B010  (a method, to mypy)
+    if not hasattr(dialect.connect, _MARKS):
+        setattr(dialect, "connect", _marking(dialect.connect))  # noqa: B010  (a method, to mypy)
 
 
 def _marking(connect: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(connect)
     def marking_connect(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with _mark_errors():
             return connect(*args, **kwargs)
-        except (TypeError, ValueError):  # wrong arguments: a mistake, not an outage
-            raise
-        except Exception as error:
-            mark_unreachable(error)
-            raise
 
-    return marking_connect
+    @functools.wraps(connect)
+    async def marking_async_connect(*args: Any, **kwargs: Any) -> Any:
+        with _mark_errors():
+            return await connect(*args, **kwargs)
+
+    marking = marking_async_connect if inspect.iscoroutinefunction(connect) else marking_connect
+    setattr(marking, _MARKS, True)
+    return marking
+
+
+@contextmanager
+def _mark_errors() -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError):  # wrong arguments: a mistake, not an outage
+        raise
+    except Exception as error:
+        mark_unreachable(error)
+        raise

@@ -25,7 +25,8 @@ Method = Callable[..., Any]
 Wrappers = tuple[Method, Method]  # for a plain method, for an `async def` one
 
 # Classes of these modules are the framework: user code is what overrides them.
-_FRAMEWORK = frozenset({"builtins", "tornado.web", "tornado.websocket", "tornado_sa.handlers"})
+_TORNADO = frozenset({"tornado.web", "tornado.websocket"})
+_OURS = frozenset({"builtins", "tornado_sa.handlers"})
 
 # Set on every wrapper, so that none is wrapped again.
 _WRAPPER = "_tornado_sa_wrapper"
@@ -35,16 +36,34 @@ def wrap_entry_points(cls: type[BaseHandler]) -> None:
     """Wrap each entry point of ``cls`` that user code defines, as the MRO resolves it."""
     for name, wrap in _entry_points(cls):
         owner = next((base for base in cls.__mro__ if name in vars(base)), object)
-        if owner.__module__ in _FRAMEWORK or hasattr(vars(owner)[name], _WRAPPER):
+        found = vars(owner).get(name)
+        # A decorator's functools.wraps copies the mark of what it decorates, so that alone says
+        # nothing: a wrapper is marked with itself.
+        if _is_framework(owner, cls) or getattr(found, _WRAPPER, None) is found:
             continue
-        method = _own(vars(cls)[name]) if owner is cls else _inherited(cls, name)
+        method = _own(found) if owner is cls else _inherited(cls, name)
         wrapper = _like(getattr(cls, name), *wrap(method))
-        setattr(wrapper, _WRAPPER, True)
+        setattr(wrapper, _WRAPPER, wrapper)
         setattr(cls, name, wrapper)
 
 
+def _is_framework(owner: type, cls: type) -> bool:
+    """True if the methods of ``owner`` stay as they are: Tornado's and our own.
+
+    But not Tornado's where they hide ours, as in ``class H(ErrorHandler, SessionHandler)``.
+    """
+    if owner.__module__ not in _TORNADO:
+        return owner.__module__ in _OURS
+    return any(base.__module__ in _OURS for base in cls.__mro__[: cls.__mro__.index(owner)])
+
+
 def _entry_points(cls: type[BaseHandler]) -> Iterator[tuple[str, Callable[[Method], Wrappers]]]:
+    yield "__init__", _wrap_init
+    yield "set_default_headers", _wrap_initialize
     yield "initialize", _wrap_initialize
+    yield "get_current_user", _wrap_call
+    yield "log_exception", _wrap_call
+    yield "write_error", _wrap_call
     yield "prepare", _wrap_prepare
     yield "on_finish", _wrap_on_finish
     yield "on_connection_close", _wrap_on_connection_close
@@ -116,14 +135,19 @@ def _wrap_call(method: Method) -> Wrappers:
 
 
 def _wrap_initialize(method: Method) -> Wrappers:
-    """``initialize``: when it raises, Tornado drops the request and calls nothing more."""
-    call, _ = _wrap_call(method)
+    """``initialize``: the scope is current while it runs, and over if it raises."""
+    return _wrap_init(_wrap_call(method)[0])
+
+
+def _wrap_init(method: Method) -> Wrappers:
+    """``__init__``: when it raises, Tornado drops the request and calls nothing more."""
 
     def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
         try:
-            return call(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         except BaseException:
-            self._end_request()
+            if self._sa_scope is not None:
+                self._end_request()
             raise
 
     return plain, plain

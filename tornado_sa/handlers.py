@@ -111,7 +111,7 @@ class BaseHandler(_Handler):
         ``MultipleResultsFound`` if there are several: that is a mistake in the
         statement or in the data, and no 404.
         """
-        return _one(self.session.scalars(statement))
+        return _one(statement, self.session.scalars(statement))
 
     @overload
     def first_or_404(self, statement: TypedReturnsRows[tuple[T]]) -> T: ...
@@ -218,7 +218,7 @@ class BaseHandler(_Handler):
                 " with Database, AsyncSessionHandler with AsyncDatabase."
             )
         raise ConfigurationError(
-            f"{name} was given {database!r} as its database, which is no {kind.__name__}. Set the"
+            f"{name} was given {_a(type(database))} as its database, and needs {_a(kind)}. Set the"
             " class attribute `database`, or `db` in the application's settings."
         )
 
@@ -234,7 +234,7 @@ class BaseHandler(_Handler):
         status = status_for(_exception(kwargs)) if status_code == 500 else None
         self._sa_retry_after = status == 503
         try:
-            super().send_error(status or status_code, **kwargs)
+            super().send_error(int(status or status_code), **kwargs)
         finally:
             self._sa_retry_after = False
 
@@ -242,7 +242,10 @@ class BaseHandler(_Handler):
         """Set the status; to a 503 of `send_error`, which has cleared the headers, add one."""
         super().set_status(status_code, reason)
         if self._sa_retry_after:
-            self.set_header("Retry-After", RETRY_AFTER)
+            if status_code == 503:
+                self.set_header("Retry-After", RETRY_AFTER)
+            else:  # write_error() thinks otherwise
+                self.clear_header("Retry-After")
 
     def log_exception(
         self,
@@ -289,7 +292,7 @@ class AsyncSessionHandler(BaseHandler, RequestHandler):
     async def one_or_404(self, statement: TypedReturnsRows[T]) -> T: ...
     async def one_or_404(self, statement: Any) -> Any:
         """Return the one object that ``statement`` selects. See `BaseHandler.one_or_404`."""
-        return _one(await self.session.scalars(statement))
+        return _one(statement, await self.session.scalars(statement))
 
     @overload  # type: ignore[override]
     async def first_or_404(self, statement: TypedReturnsRows[tuple[T]]) -> T: ...
@@ -306,9 +309,12 @@ def _or_404(found: T | None) -> T:
     return found
 
 
-def _one(result: Any) -> Any:
+def _one(statement: Any, result: Any) -> Any:
+    column = next(iter(getattr(statement, "column_descriptions", ())), {"expr": None, "entity": 0})
+    if column["expr"] is column["entity"]:
+        result = result.unique()  # joined eager loads repeat the object
     try:
-        return result.unique().one()  # unique(): joined eager loads repeat the object
+        return result.one()
     except NoResultFound:
         raise HTTPError(404) from None
 

@@ -20,16 +20,18 @@ class SharedPool(Pool):
 
     def __init__(self, creator: Callable[..., DBAPIConnection], **options: Any) -> None:
         self._connect = creator
-        self._shared: DBAPIConnection | None = None
+        self._shared: dict[str, DBAPIConnection] = {}
         self._idle: list[ConnectionPoolEntry] = []
         self._out = 0
         # The cast: mypy compares a creator that takes a record with one that takes nothing.
         super().__init__(cast("Any", self._share), **options)
 
     def _share(self, record: ConnectionPoolEntry) -> DBAPIConnection:
-        if self._shared is None:
-            self._shared = self._connect(record)
-        return self._shared
+        if not self._shared:
+            connection = self._connect(record)  # several may, at the same time; the first one wins
+            if self._shared.setdefault("connection", connection) is not connection:
+                super()._close_connection(connection)
+        return self._shared["connection"]
 
     def _do_get(self) -> ConnectionPoolEntry:
         record = self._idle.pop() if self._idle else self._create_connection()
@@ -75,6 +77,5 @@ class SharedPool(Pool):
     def dispose(self) -> None:
         """Close the connection, and so lose the database."""
         self._idle.clear()
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            super()._close_connection(shared)
+        if self._shared:
+            super()._close_connection(self._shared.pop("connection"))

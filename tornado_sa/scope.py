@@ -44,9 +44,9 @@ class Scope:
         # than the rest of its scope.
         self._label = label
         #: True once the unit of work is over.
-        self.closed = False
+        self.closed: bool = False
         #: When it was opened, in seconds of `time.monotonic`.
-        self.opened_at = time.monotonic()
+        self.opened_at: float = time.monotonic()
         self._sessions: dict[SessionOwner, Any] = {}
 
     def __repr__(self) -> str:

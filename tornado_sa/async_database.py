@@ -20,15 +20,8 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session
 
 from tornado_sa.blocks import AsyncBlock
-from tornado_sa.database import (
-    _SESSION_DEFAULTS,
-    DatabaseCore,
-    ScopeRegistry,
-    log_failed_closing,
-    logger,
-    no_answer,
-    roll_back_and_close,
-)
+from tornado_sa.database import _SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
+from tornado_sa.ending import log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import async_engine
 from tornado_sa.errors import ConcurrentAccess
 from tornado_sa.scope import Scope, current_scope

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -10,22 +9,20 @@ import weakref
 from abc import ABC, abstractmethod
 from asyncio import Task
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from sqlalchemy import URL, Engine, ExceptionContext, event, select
+from sqlalchemy import URL, Engine, event, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from tornado_sa.blocks import Block
+from tornado_sa.ending import discard_connection, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import shown, sync_engine
 from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed
-from tornado_sa.responses import mark_unreachable, summary
+from tornado_sa.responses import mark_unreachable
 from tornado_sa.scope import Scope, current_scope
-
-logger: logging.Logger = logging.getLogger("tornado_sa")
 
 SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
 
@@ -63,7 +60,7 @@ class DatabaseCore(ABC, Generic[SessionT]):
         self._open_scopes: set[Scope] = set()
         self._disposed_at = float("-inf")  # seconds of time.monotonic
         self._of_the_parent: list[SessionT] = []
-        event.listen(engine, "handle_error", _discard_connection)
+        event.listen(engine, "handle_error", discard_connection)
         try:
             make_session()  # so that a wrong option is found now and not at the first request
         except TypeError as error:
@@ -143,8 +140,10 @@ class DatabaseCore(ABC, Generic[SessionT]):
         for scope in self._open_scopes:
             # Taken out, or the end of the scope would roll back on the parent's socket; and kept,
             # or the garbage collector would.
-            self._of_the_parent.append(self.session_in(scope))
-            scope.drop(self)
+            session: SessionT | None = scope.get(self)
+            if session is not None:
+                self._of_the_parent.append(session)
+                scope.drop(self)
         self._open_scopes = set()
 
 
@@ -280,46 +279,6 @@ class ScopeRegistry(ScopedRegistry[SessionT]):
             scope = current_scope()
             scope.drop(self._database)
             self._database._open_scopes.discard(scope)
-
-
-def roll_back_and_close(session: Session) -> None:
-    """End ``session`` so that its connection goes back clean, whatever state it is in.
-
-    Rolled back *before* it is closed: after a COMMIT that failed, ``close()``
-    alone returns an SQLite connection with the transaction still open, and
-    after a rollback that failed, ``close()`` makes the pool look at the
-    connection again. Expunged before that, because a rollback would expire
-    objects that somebody may still read.
-    """
-    token = _ending.set(True)
-    try:
-        if session.in_transaction():
-            session.expunge_all()
-            session.rollback()
-    finally:
-        try:
-            session.close()
-        finally:
-            _ending.reset(token)
-
-
-_ending: ContextVar[bool] = ContextVar("tornado_sa.ending", default=False)
-
-
-def _discard_connection(context: ExceptionContext) -> None:
-    """Discard a connection that fails while its session is ended, for nobody knows its state.
-
-    An asyncpg connection that is still busy, say with a forgotten task's stream, refuses the
-    rollback, and SQLAlchemy would then take it for clean and hand it out again.
-    """
-    if _ending.get():
-        context.is_disconnect = True
-        context.invalidate_pool_on_disconnect = False
-
-
-def log_failed_closing(scope: Scope, error: BaseException) -> None:
-    """Log that a session could not be closed properly. One line: nobody can act on more."""
-    logger.error("Closing the session of %s failed: %s", scope.label, summary(error))
 
 
 def no_answer(database: DatabaseCore[Any], timeout: float) -> TimeoutError:

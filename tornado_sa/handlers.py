@@ -15,7 +15,8 @@ from tornado.log import app_log
 from tornado.web import HTTPError, RequestHandler
 
 from tornado_sa.async_database import AsyncDatabase
-from tornado_sa.database import Database, logger
+from tornado_sa.database import Database
+from tornado_sa.ending import logger
 from tornado_sa.entry import wrap_entry_points
 from tornado_sa.errors import ConfigurationError
 from tornado_sa.responses import RETRY_AFTER, status_for, summary

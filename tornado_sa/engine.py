@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -65,13 +64,6 @@ def sync_engine(url: str | URL | Engine, options: Mapping[str, Any] | None) -> E
 
 def async_engine(url: str | URL | AsyncEngine, options: Mapping[str, Any] | None) -> AsyncEngine:
     """The engine for an `.AsyncDatabase`. Raises `.ConfigurationError`."""
-    try:
-        importlib.import_module("greenlet")  # SQLAlchemy itself asks at the first query only
-    except ImportError:
-        raise ConfigurationError(
-            "AsyncDatabase needs greenlet, which SQLAlchemy's async engines are built on."
-            " Install it with: pip install 'tornado_sa[asyncio]'"
-        ) from None
     if isinstance(url, Engine):
         raise ConfigurationError(
             "AsyncDatabase was given a plain Engine. Write Database(engine), or give"

@@ -13,10 +13,12 @@ from tornado_sa.errors import (
 )
 from tornado_sa.handlers import AsyncSessionHandler, BaseHandler, SessionHandler
 from tornado_sa.scope import Scope, current_scope
+from tornado_sa.websocket import AsyncSessionWebSocketHandler, SessionWebSocketHandler
 
 __all__ = [
     "AsyncDatabase",
     "AsyncSessionHandler",
+    "AsyncSessionWebSocketHandler",
     "BaseHandler",
     "ConcurrentAccess",
     "ConfigurationError",
@@ -26,6 +28,7 @@ __all__ = [
     "Scope",
     "ScopeClosed",
     "SessionHandler",
+    "SessionWebSocketHandler",
     "TornadoSAError",
     "UncommittedChanges",
     "current_scope",

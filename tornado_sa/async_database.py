@@ -1,30 +1,32 @@
-"""The async twin of the database, and the session that knows who is using it."""
+"""The database for ``AsyncSession`` code, and for ``Session`` code under the bridge."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from asyncio import Task
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 from sqlalchemy import URL, select
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
-    AsyncSessionTransaction,
     async_scoped_session,
     async_sessionmaker,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tornado_sa.blocks import AsyncBlock
-from tornado_sa.database import _SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
+from tornado_sa.bridge import BridgedSession, bridged_class, cross, is_bridged, step_aside
+from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
 from tornado_sa.ending import log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import async_engine
-from tornado_sa.errors import ConcurrentAccess
 from tornado_sa.scope import Scope, current_scope
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # How often a session that cannot be closed at the moment is tried again, in seconds.
 _RETRY_CLOSING = 0.01
@@ -40,6 +42,8 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     ``session_options``
         Passed to ``async_sessionmaker``, with the same two defaults as
         `.Database` has.
+    ``ping_after``, ``hold_warning``
+        As for `.Database`.
     ``debug``
         Raise `.ConcurrentAccess`, with the names of both tasks, when two tasks
         use one session at the same time.
@@ -48,27 +52,42 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     installed.
     """
 
+    needs_bridge: ClassVar[bool] = True
+
     def __init__(
         self,
         url: str | URL | AsyncEngine,
         *,
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
+        ping_after: float | None = 30.0,
+        hold_warning: float | None = None,
         debug: bool = False,
     ) -> None:
         #: The SQLAlchemy engine.
-        self.engine: AsyncEngine = async_engine(url, engine_options)
-        options = {"bind": self.engine, **_SESSION_DEFAULTS, **(session_options or {})}
-        options["class_"] = _tracked_class(options.pop("class_", AsyncSession), debug)
+        self.engine: AsyncEngine = async_engine(url, engine_options, ping_after)
+        options = {"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
+        plain = options.pop("sync_session_class", None)
+        plain = plain or options.get("class_", AsyncSession).sync_session_class
+        options["sync_session_class"] = bridged_class(plain, debug)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: async_sessionmaker[AsyncSession] = async_sessionmaker(**options)
-        super().__init__(self.sessionmaker, self.engine.sync_engine)
+        super().__init__(
+            self.sessionmaker,
+            self.engine.sync_engine,
+            options["sync_session_class"],
+            hold_warning,
+        )
         #: The current scope's session, usable from anywhere below the scope.
         self.session: async_scoped_session[AsyncSession] = async_scoped_session(
             self.sessionmaker, current_scope
         )
-        self.session.registry = ScopeRegistry(self)
-        self._closings: set[Task[None]] = set()
+        self.session.registry = ScopeRegistry(self, self.session_in)
+        #: The plain session of the current scope, for helpers and model methods that run under
+        #: the bridge.
+        self.sync_session: scoped_session[Session] = scoped_session(sessionmaker(), current_scope)
+        self.sync_session.registry = ScopeRegistry(self, self.plain_session_in)
+        self._tasks: set[Task[Any]] = set()
 
     def scope(self, label: str | None = None) -> AsyncBlock:
         """Open a new scope: a unit of work with its own session, rolled back at its end.
@@ -82,27 +101,50 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         """Like `scope`, with COMMIT on leaving and ROLLBACK on an exception."""
         return AsyncBlock(self, label, commit=True)
 
+    def plain_session_in(self, scope: Scope) -> Session:
+        """The plain session inside the ``AsyncSession`` of ``scope``. See `session_in`."""
+        return self.session_in(scope).sync_session
+
+    async def run_sync(
+        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call ``function(session, *args, **kwargs)`` under the bridge; return what it returned.
+
+        ``session`` is the plain session of the current scope, and
+        ``db.sync_session`` inside leads to the same. This is how a task, a
+        callback or an ``AsyncSessionHandler`` calls code that was written for a
+        plain ``Session``.
+
+        Raises `.NoActiveScope`, `.ScopeClosed`, and what ``function`` raises.
+        """
+        session = self.plain_session_in(current_scope())
+        await step_aside()
+        return await cross(function, session, *args, **kwargs)
+
     def _end(self, scope: Scope, session: AsyncSession) -> Task[None] | None:
         if not session.in_transaction():  # then closing takes no I/O, so no task
             session.sync_session.close()
             return None
+        plain = cast(BridgedSession, session.sync_session)
+        # At the end of a bridged verb a task would cost more. Not within one: finish() must not let
+        # go of the loop, or Tornado reads on where the verb is about to detach() the stream.
+        if is_bridged() and not (scope.entered or plain.users or plain.committing):
+            self._way_to_end(scope)(plain)
+            return None
         try:
-            loop = asyncio.get_running_loop()
+            asyncio.get_running_loop()
         except RuntimeError:  # the loop is gone, or this is not its thread: drop the connection
             session.sync_session.invalidate()
             return None
-        closing = loop.create_task(
-            self._close(scope, cast("TrackedSession", session)), name=f"close {scope.label}"
-        )
-        self._closings.add(closing)
-        closing.add_done_callback(self._closings.discard)
-        return closing
+        return self._track(self._close(scope, session), f"close {scope.label}")
 
-    async def _close(self, scope: Scope, session: TrackedSession) -> None:
+    async def _close(self, scope: Scope, session: AsyncSession) -> None:
+        await step_aside()
+        plain = cast(BridgedSession, session.sync_session)
         # A COMMIT is never broken off: nobody could tell its outcome.
-        while session.committing:  # noqa: ASYNC110  (rare, short, and no event tells its end)
+        while plain.committing:  # noqa: ASYNC110  (rare, short, and no event tells its end)
             await asyncio.sleep(_RETRY_CLOSING)
-        users = session.users
+        users = list(plain.users.values())
         if users:
             logger.warning(
                 "%s ended while its session was in use by task %s; its query is broken off."
@@ -113,7 +155,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         end = _break_off if users else self._way_to_end(scope)
         while True:
             try:
-                await AsyncSession.run_sync(session, end)
+                await cross(end, plain)
                 return
             except IllegalStateChangeError:
                 # It is connecting; the driver's timeouts bound this.
@@ -121,6 +163,17 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
             except Exception as error:
                 log_failed_closing(scope, error)
                 return
+
+    def _track(self, work: Coroutine[Any, Any, None], name: str) -> Task[None]:
+        """Run ``work`` in a task that is kept until it is done, and that `dispose` waits for."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._keep(task)
+        return task
+
+    def _keep(self, task: Task[Any]) -> None:
+        """Keep ``task`` until it is done, and have `dispose` wait for it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def ping(self, timeout: float = 5.0) -> Literal[True]:
         """Return True when the database answers within ``timeout`` seconds.
@@ -141,106 +194,17 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         For use at shutdown. Waits at most ``timeout`` seconds; units of work
         that are still open are named in the log.
         """
-        if self._closings:
-            await asyncio.wait(self._closings, timeout=timeout)
+        deadline = time.monotonic() + timeout
+        # Again and again: a hook that ends leaves a session to close.
+        while others := self._tasks - {asyncio.current_task()}:
+            if not (await asyncio.wait(others, timeout=deadline - time.monotonic()))[0]:
+                break
         self._abandon()
         await self.engine.dispose()
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        self._closings = set()
-
-
-class TrackedSession(AsyncSession):
-    """An ``AsyncSession`` that knows which tasks are inside it at this moment.
-
-    A session that is closed while another task waits for its query loses its
-    connection: asyncpg refuses the ROLLBACK, and SQLAlchemy leaves the
-    connection checked out. So whoever closes must know.
-    """
-
-    _debug: ClassVar[bool] = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        #: The tasks inside, innermost call last.
-        self.users: list[Task[Any]] = []
-        #: True while one of them is in a COMMIT.
-        self.committing: bool = False
-
-    async def commit(self) -> None:
-        with self.commit_in_progress():
-            await super().commit()
-
-    def begin(self) -> AsyncSessionTransaction:
-        return _TrackedTransaction(self)
-
-    def begin_nested(self) -> AsyncSessionTransaction:
-        return _TrackedTransaction(self, nested=True)
-
-    @contextmanager
-    def commit_in_progress(self) -> Iterator[None]:
-        task = self._enter()
-        self.committing = True
-        try:
-            yield
-        finally:
-            self.committing = False
-            self.users.remove(task)
-
-    def _enter(self) -> Task[Any]:
-        task = asyncio.current_task()
-        assert task is not None
-        if self._debug and self.users and self.users[-1] is not task:
-            raise ConcurrentAccess(
-                f"Task {task.get_name()!r} used an AsyncSession while task"
-                f" {self.users[-1].get_name()!r} was using it. Give each branch of a gather its"
-                " own session: `async with db.scope() as session:`."
-            )
-        self.users.append(task)
-        return task
-
-
-class _TrackedTransaction(AsyncSessionTransaction):
-    """What ``session.begin()`` returns: commits without going through the session's methods."""
-
-    session: TrackedSession
-
-    async def commit(self) -> None:
-        with self.session.commit_in_progress():
-            await super().commit()
-
-    async def __aexit__(self, *error: Any) -> None:
-        with self.session.commit_in_progress():
-            await super().__aexit__(*error)
-
-
-def _track(name: str) -> Callable[..., Any]:
-    method = getattr(AsyncSession, name)
-
-    async def tracked(self: TrackedSession, *args: Any, **kwargs: Any) -> Any:
-        task = self._enter()
-        try:
-            return await getattr(super(TrackedSession, self), name)(*args, **kwargs)
-        finally:
-            self.users.remove(task)
-
-    tracked.__name__, tracked.__qualname__ = name, method.__qualname__
-    tracked.__doc__ = method.__doc__
-    return tracked
-
-
-for _name in (
-    "connection delete execute flush get get_one merge refresh rollback run_sync scalar"
-    " scalars stream stream_scalars"
-).split():
-    setattr(TrackedSession, _name, _track(_name))
-
-
-def _tracked_class(base: type[AsyncSession], debug: bool) -> type[AsyncSession]:
-    """A class like ``base`` whose sessions know their users."""
-    bases = (TrackedSession,) if base is AsyncSession else (TrackedSession, base)
-    return type(base.__name__, bases, {"_debug": debug})
+        self._tasks = set()
 
 
 def _break_off(session: Session) -> None:

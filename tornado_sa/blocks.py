@@ -14,11 +14,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from tornado import gen
 
+from tornado_sa.bridge import complete, is_bridged, step_aside
 from tornado_sa.errors import ConfigurationError, TornadoSAError
 from tornado_sa.scope import Scope, enter, leave
 
 if TYPE_CHECKING:
-    from tornado_sa.database import DatabaseCore
+    from tornado_sa.core import DatabaseCore
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,9 +54,11 @@ class _Block(Generic[SessionT]):
 
     def _to_commit(self, error: type[BaseException] | None) -> SessionT | None:
         """The session to COMMIT on leaving, if any."""
-        if not self._commits or error is not None or self._scope is None:
+        scope = self._scope
+        if not self._commits or error is not None or scope is None:
             return None
-        return cast("SessionT | None", self._scope.get(self._database))
+        # Asked of the database: a worker of Database.to_thread() may have it at this moment.
+        return None if scope.get(self._database) is None else self._database.session_in(scope)
 
     def _for_call(self, function: Callable[..., Any]) -> Self:
         """Make a fresh block for one call of the decorated ``function``."""
@@ -86,7 +89,7 @@ class Block(_Block[Session]):
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate ``function``: each call is a unit of work, until its coroutine is done."""
         _refuse_generators(function)
-        if _is_coroutine_function(function):
+        if is_coroutine_function(function):
 
             @functools.wraps(function)
             async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -104,9 +107,38 @@ class Block(_Block[Session]):
 
 
 class AsyncBlock(_Block[AsyncSession]):
-    """What ``AsyncDatabase.scope()`` and ``AsyncDatabase.begin()`` return."""
+    """What ``AsyncDatabase.scope()`` and ``AsyncDatabase.begin()`` return.
+
+    ``async with`` yields the ``AsyncSession``. Under the bridge plain ``with``
+    works too and yields the plain session, as it does on a `.Database`.
+    """
+
+    def __enter__(self) -> Session:
+        if not is_bridged():
+            raise TornadoSAError(
+                f"`with` on an AsyncDatabase works under the bridge only, at {_caller()} it would"
+                " block the loop. Write `async with`."
+            )
+        return self._open().sync_session
+
+    def __exit__(
+        self,
+        error: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            session = self._to_commit(error)
+            if session is not None:
+                session.sync_session.commit()
+        finally:
+            closings = self._leave().end()
+            if error is not GeneratorExit:
+                for closing in closings:
+                    complete(asyncio.shield(closing))
 
     async def __aenter__(self) -> AsyncSession:
+        await step_aside()
         return self._open()
 
     async def __aexit__(
@@ -128,7 +160,7 @@ class AsyncBlock(_Block[AsyncSession]):
     def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         """Decorate a coroutine function: each call is a unit of work."""
         _refuse_generators(function)
-        if not _is_coroutine_function(function):
+        if not is_coroutine_function(function):
             raise ConfigurationError(
                 f"{function.__qualname__} is a plain function, and the session of an AsyncDatabase"
                 " has to be awaited. Write it with `async def`."
@@ -150,7 +182,7 @@ def _caller() -> str:
     return f"{frame.f_globals.get('__name__', '?')}:{frame.f_lineno}"
 
 
-def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+def is_coroutine_function(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or gen.is_coroutine_function(function)
 
 

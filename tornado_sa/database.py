@@ -1,150 +1,32 @@
-"""The database: engine, session factory, and the sessions of its scopes."""
+"""The database for plain ``Session`` code."""
 
 from __future__ import annotations
 
-import os
 import threading
-import time
-import weakref
-from abc import ABC, abstractmethod
-from asyncio import Task
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from contextvars import copy_context
+from functools import partial
+from inspect import iscoroutine
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
-from sqlalchemy import URL, Engine, event, select
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import URL, Engine, select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.util import ScopedRegistry
 
-from tornado_sa.blocks import Block
-from tornado_sa.ending import discard_connection, log_failed_closing, logger, roll_back_and_close
-from tornado_sa.engine import shown, sync_engine
-from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed
-from tornado_sa.responses import mark_unreachable
+from tornado_sa import workers
+from tornado_sa.blocks import Block, is_coroutine_function
+from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
+from tornado_sa.ending import logger
+from tornado_sa.engine import sync_engine
+from tornado_sa.errors import ConfigurationError
+from tornado_sa.memory import SharedPool
 from tornado_sa.scope import Scope, current_scope
 
-SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
+P = ParamSpec("P")
+R = TypeVar("R")
 
-# Defaults that differ from SQLAlchemy's. A closed session raises instead of silently
-# beginning again; objects stay readable after the commit.
-_SESSION_DEFAULTS = {"close_resets_only": False, "expire_on_commit": False}
-
-
-@dataclass(frozen=True)
-class Status:
-    """What a database is doing at this moment, in this process.
-
-    Figures that the pool in use cannot give are None.
-    """
-
-    pool_size: int | None
-    """Connections the pool keeps."""
-    checked_out: int | None
-    """Connections in use."""
-    overflow: int | None
-    """Connections in existence beyond ``pool_size``."""
-    waiting: int | None
-    """Units of work that wait for a connection."""
-    open_scopes: list[Scope]
-    """The scopes that have a session of this database, oldest first. Each has a ``label`` and
-    an ``age`` in seconds."""
-
-
-class DatabaseCore(ABC, Generic[SessionT]):
-    """What `.Database` and `.AsyncDatabase` share: all that needs no I/O."""
-
-    def __init__(self, make_session: Callable[[], SessionT], engine: Engine) -> None:
-        self._make_session = make_session
-        self._sync_engine = engine
-        self._open_scopes: set[Scope] = set()
-        self._disposed_at = float("-inf")  # seconds of time.monotonic
-        self._of_the_parent: list[SessionT] = []
-        event.listen(engine, "handle_error", discard_connection)
-        try:
-            make_session()  # so that a wrong option is found now and not at the first request
-        except TypeError as error:
-            raise ConfigurationError(f"session_options are not accepted: {error}") from error
-        _databases.add(self)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({shown(self._sync_engine.url)})"
-
-    def session_in(self, scope: Scope) -> SessionT:
-        """The session of this database in ``scope``, made when it is first asked for.
-
-        Raises `.ScopeClosed`.
-        """
-        session: SessionT | None = scope.get(self)
-        if session is None:
-            scope.check()
-            self._open_scopes.add(scope)
-            try:
-                session = scope.put(self, self._make_session())
-            except BaseException:
-                self._open_scopes.discard(scope)
-                raise
-        return session
-
-    def end_session(self, scope: Scope, session: SessionT) -> Task[None] | None:
-        """Roll back what was not committed and close; called by the scope as it ends.
-
-        Never raises: a failure is one line in the log.
-        """
-        self._open_scopes.discard(scope)
-        try:
-            return self._end(scope, session)
-        except Exception as error:
-            log_failed_closing(scope, error)
-            return None
-
-    def _way_to_end(self, scope: Scope) -> Callable[[Session], None]:
-        """How to end a session of ``scope``: by closing it, or with its connection.
-
-        No pool waits for a connection whose engine was disposed of in the meantime; it would stay
-        open until it is collected as garbage, and an aiosqlite thread for ever.
-        """
-        return Session.invalidate if scope.opened_at <= self._disposed_at else roll_back_and_close
-
-    @abstractmethod
-    def _end(self, scope: Scope, session: SessionT) -> Task[None] | None: ...
-
-    def status(self) -> Status:
-        """How busy the database is: its pool, and the scopes that are open."""
-        pool = self._sync_engine.pool
-
-        def figure(name: str) -> int | None:
-            found = getattr(pool, name, None)  # a method in most pools, a number in one
-            number: int | None = found() if callable(found) else found
-            return None if number is None else max(0, number)
-
-        return Status(
-            pool_size=figure("size"),
-            checked_out=figure("checkedout"),
-            overflow=figure("overflow"),
-            waiting=figure("waiting"),
-            open_scopes=sorted(list(self._open_scopes), key=lambda scope: scope.opened_at),
-        )
-
-    def _abandon(self) -> None:
-        """Name the units of work that are still open as the engine goes away, in one log line."""
-        self._disposed_at = time.monotonic()
-        leftovers = self.status().open_scopes
-        if leftovers:
-            listed = ", ".join(f"{scope.label} ({scope.age:.1f} s)" for scope in leftovers)
-            logger.warning("%r is disposed of while still in use by: %s", self, listed)
-
-    def _after_fork(self) -> None:
-        """Start afresh in a forked child; the parent's connections stay the parent's."""
-        self._sync_engine.dispose(close=False)
-        for scope in self._open_scopes:
-            # Taken out, or the end of the scope would roll back on the parent's socket; and kept,
-            # or the garbage collector would.
-            session: SessionT | None = scope.get(self)
-            if session is not None:
-                self._of_the_parent.append(session)
-                scope.drop(self)
-        self._open_scopes = set()
+# How many worker threads there may be where the pool has no limit to go by: as many as a PostgreSQL
+# server takes connections, unless it is told otherwise. A thread is only started when none is idle.
+_MANY_WORKERS = 100
 
 
 class Database(DatabaseCore[Session]):
@@ -161,6 +43,14 @@ class Database(DatabaseCore[Session]):
         SQLAlchemy's: ``close_resets_only=False``, so that a closed session
         raises instead of silently beginning again, and
         ``expire_on_commit=False``, so that objects stay readable.
+    ``ping_after``
+        A connection that sat idle for longer than this, in seconds, is checked
+        before it is handed out. None: never.
+    ``hold_warning``
+        Log a warning when a unit of work held a connection for longer than
+        this, in seconds. None: never.
+    ``debug``
+        For symmetry with `.AsyncDatabase`.
 
     Queries block the thread they run in. In a Tornado handler that is the event
     loop, which is right for SQLite and for scripts; for a database server use
@@ -176,17 +66,23 @@ class Database(DatabaseCore[Session]):
         *,
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
+        ping_after: float | None = 30.0,
+        hold_warning: float | None = None,
+        debug: bool = False,
     ) -> None:
         #: The SQLAlchemy engine.
-        self.engine: Engine = sync_engine(url, engine_options)
+        self.engine: Engine = sync_engine(url, engine_options, ping_after)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: sessionmaker[Session] = sessionmaker(
-            **{"bind": self.engine, **_SESSION_DEFAULTS, **(session_options or {})}
+            **{"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
         )
-        super().__init__(self.sessionmaker, self.engine)
+        self._workers = workers.Workers()
+        super().__init__(self.sessionmaker, self.engine, self.sessionmaker, hold_warning)
         #: The current scope's session, usable from anywhere below the scope.
         self.session: scoped_session[Session] = scoped_session(self.sessionmaker, current_scope)
-        self.session.registry = ScopeRegistry(self)
+        self.session.registry = ScopeRegistry(self, self.session_in)
+        #: The same. Helpers that use it work on an `.AsyncDatabase` too, under the bridge.
+        self.sync_session: scoped_session[Session] = self.session
 
     def scope(self, label: str | None = None) -> Block:
         """Open a new scope: a unit of work with its own session, rolled back at its end.
@@ -210,7 +106,81 @@ class Database(DatabaseCore[Session]):
         """Like `scope`, with COMMIT on leaving and ROLLBACK on an exception."""
         return Block(self, label, commit=True)
 
+    def plain_session_in(self, scope: Scope) -> Session:
+        """The same as `session_in`: what code for either database calls."""
+        return self.session_in(scope)
+
+    def session_in(self, scope: Scope) -> Session:
+        """The session of this database in ``scope``, made when it is first asked for.
+
+        Raises `.ScopeClosed`, and `.ConcurrentAccess` while a worker of
+        `to_thread` has it.
+        """
+        if workers.lines:
+            workers.check(scope)
+        return super().session_in(scope)
+
+    async def to_thread(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call ``fn(*args, **kwargs)`` in a worker thread and return what it returned.
+
+        For work of the current scope that would block the event loop::
+
+            def total(year):
+                return db.session.scalar(select(func.sum(Sale.amount)).filter_by(year=year))
+
+            self.write({"total": await db.to_thread(total, 2024)})
+
+        The context variables are carried over, so ``db.session`` in ``fn`` is
+        the session of the scope. Calls of one scope run one after the other, in
+        their order, and until they are done the session is the worker's: any
+        other thread that asks for it gets `.ConcurrentAccess`. A session that
+        somebody got before cannot be watched like that; leave it alone until
+        ``to_thread`` returns.
+
+        There are as many threads as the pool may have connections, and as many
+        again for scopes that have their connection already. On in-memory SQLite,
+        one connection for all, there are none, and ``fn`` is called in place.
+
+        A worker is never interrupted, nor is its statement. If the calling task
+        is cancelled, by ``asyncio.wait_for`` for one, ``CancelledError`` is
+        raised when ``fn`` has returned; what it returned is dropped, what it
+        raised is logged. If the scope ends, its session is rolled back and
+        closed by the worker when ``fn`` has returned. A call that still waits
+        for its turn or for a thread is cancelled at once and never made.
+
+        Raises what ``fn`` raises, `.NoActiveScope`, `.ScopeClosed`, and
+        `.ConfigurationError` for a coroutine function.
+        """
+        scope = current_scope()
+        if is_coroutine_function(fn):
+            raise _must_be_awaited(fn)
+        # In place where a worker would wait for itself, in an event loop that another `fn` runs;
+        # and in memory, where a worker and the loop would undo each other's work: their
+        # transactions are one.
+        if workers.is_worker(scope) or isinstance(self.engine.pool, SharedPool):
+            result: Any = copy_context().run(fn, *args, **kwargs)
+        else:
+            call = workers.Call(fn, args, kwargs)
+            connected = _is_connected(scope.get(self))
+            result = await self._workers.run(scope, call, self._worker_threads(), connected)
+        if iscoroutine(result):
+            result.close()  # or Python would warn that it was never awaited
+            raise _must_be_awaited(fn)
+        return cast(R, result)
+
+    def _worker_threads(self) -> int:
+        """As many as the pool may have connections."""
+        size = getattr(self.engine.pool, "size", None)
+        # _max_overflow: private, but there is no public way to ask. -1 means without limit.
+        overflow = getattr(self.engine.pool, "_max_overflow", 0)
+        return max(1, size() + overflow) if callable(size) and overflow >= 0 else _MANY_WORKERS
+
     def _end(self, scope: Scope, session: Session) -> None:
+        close = partial(self._close, scope, session)
+        if not (workers.lines and workers.leave_ending(scope, close)):
+            close()
+
+    def _close(self, scope: Scope, session: Session) -> None:
         self._way_to_end(scope)(session)
 
     def ping(self, timeout: float = 5.0) -> Literal[True]:
@@ -241,59 +211,34 @@ class Database(DatabaseCore[Session]):
     def dispose(self, timeout: float = 10.0) -> None:
         """Close the pool's connections, at shutdown. Units still open are named in the log.
 
-        ``timeout`` is for symmetry with `.AsyncDatabase`: a plain session is
-        closed the moment its scope ends, so there is nothing to wait for.
+        Waits at most ``timeout`` seconds for the workers of `to_thread`. Those
+        that still run then are named in the log, and run to their end; the
+        process does not exit before. All other sessions are closed the moment
+        their scope ends, so there is nothing else to wait for. The database
+        remains usable, with a fresh pool and fresh threads.
         """
+        running = self._workers.dispose(timeout)
+        if running:
+            logger.warning("%r is disposed of while workers still run: %s", self, running)
         self._abandon()
         self.engine.dispose()
 
-
-class ScopeRegistry(ScopedRegistry[SessionT]):
-    """Lets ``scoped_session`` keep its sessions in the scopes themselves.
-
-    So nothing outlives a scope, and ``self.session`` and ``db.session`` cannot
-    differ. The legacy idiom ``db.session.remove()`` stays harmless anywhere.
-    """
-
-    def __init__(self, database: DatabaseCore[SessionT]) -> None:
-        super().__init__(database._make_session, current_scope)
-        self._database = database
-
-    def __call__(self) -> SessionT:
-        return self._database.session_in(current_scope())
-
-    def has(self) -> bool:
-        try:
-            return current_scope().get(self._database) is not None
-        except (NoActiveScope, ScopeClosed):
-            return False
-
-    def set(self, obj: SessionT) -> None:
-        scope = current_scope()
-        scope.drop(self._database)
-        scope.put(self._database, obj)
-        self._database._open_scopes.add(scope)
-
-    def clear(self) -> None:
-        if self.has():
-            scope = current_scope()
-            scope.drop(self._database)
-            self._database._open_scopes.discard(scope)
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._workers = workers.Workers()
 
 
-def no_answer(database: DatabaseCore[Any], timeout: float) -> TimeoutError:
-    """The error for a database that said nothing for ``timeout`` seconds."""
-    error = TimeoutError(f"{database!r} did not answer within {timeout:g} s.")
-    mark_unreachable(error)
-    return error
+def _must_be_awaited(fn: Callable[..., Any]) -> ConfigurationError:
+    name = workers.name_of(fn)
+    return ConfigurationError(
+        f"{name} is a coroutine function, and db.to_thread() is for plain functions, which block."
+        f" Write `await {name}(...)`, without db.to_thread()."
+    )
 
 
-_databases: weakref.WeakSet[DatabaseCore[Any]] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for database in list(_databases):
-        database._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+def _is_connected(session: Session | None) -> bool:
+    """True if ``session`` holds a connection, which others may be waiting for."""
+    # _connections: private, but there is no public way to ask; in_transaction() is true after a
+    # mere add().
+    transaction = session.get_transaction() if session is not None else None
+    return bool(getattr(transaction, "_connections", None))

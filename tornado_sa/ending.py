@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from contextvars import ContextVar
 
 from sqlalchemy import ExceptionContext
 from sqlalchemy.orm import Session
 
+from tornado_sa.changes import connections_of
 from tornado_sa.responses import summary
 from tornado_sa.scope import Scope
 
@@ -20,22 +22,38 @@ _ending: ContextVar[bool] = ContextVar("tornado_sa.ending", default=False)
 def roll_back_and_close(session: Session) -> None:
     """End ``session`` so that its connection goes back clean, whatever state it is in.
 
-    Rolled back *before* it is closed: after a COMMIT that failed, ``close()``
-    alone returns an SQLite connection with the transaction still open, and
-    after a rollback that failed, ``close()`` makes the pool look at the
-    connection again. Expunged before that, because a rollback would expire
-    objects that somebody may still read.
+    ``close()`` rolls back by itself, but not after a COMMIT that failed: it
+    returns an SQLite connection with the transaction still open. So then the
+    session is rolled back first, and expunged before that, because a rollback
+    would expire objects that somebody may still read. Not always, because a
+    rollback of a session costs a third as much as a query.
     """
     token = _ending.set(True)
     try:
-        if session.in_transaction():
+        if not session.is_active:
             session.expunge_all()
             session.rollback()
+        session.close()
+    except BaseException:
+        session.close()
+        _let_go(session)
+        raise
     finally:
-        try:
-            session.close()
-        finally:
-            _ending.reset(token)
+        _ending.reset(token)
+
+
+def _let_go(session: Session) -> None:
+    """Discard what a failed ``close()`` has forgotten: the connections of the session."""
+    for connection in connections_of(session):
+        if not connection.closed:
+            with suppress(Exception):
+                connection.invalidate()
+            connection.close()
+
+
+def is_ending() -> bool:
+    """True while a session is being ended in this context."""
+    return _ending.get()
 
 
 def discard_connection(context: ExceptionContext) -> None:
@@ -44,7 +62,7 @@ def discard_connection(context: ExceptionContext) -> None:
     An asyncpg connection that is still busy, say with a forgotten task's stream, refuses the
     rollback, and SQLAlchemy would then take it for clean and hand it out again.
     """
-    if _ending.get():
+    if is_ending():
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
 

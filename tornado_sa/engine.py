@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ from typing import Any
 
 from sqlalchemy import URL, Dialect, Engine, create_engine, exc, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from tornado_sa.errors import ConfigurationError
-from tornado_sa.pool import SharedPool
+from tornado_sa.memory import SharedPool
+from tornado_sa.pool import AsyncFairPool, FairPool, FairPoolCore
 from tornado_sa.responses import mark_unreachable
 
 # What to suggest for each backend: a sync and an async driver name.
@@ -43,8 +44,14 @@ _SECRET = re.compile("passw|pwd|secret|token|odbc_connect", re.IGNORECASE)
 _MARKS = "_tornado_sa_marks"
 
 
-def sync_engine(url: str | URL | Engine, options: Mapping[str, Any] | None) -> Engine:
-    """The engine for a `.Database`. Raises `.ConfigurationError`."""
+def sync_engine(
+    url: str | URL | Engine, options: Mapping[str, Any] | None, ping_after: float | None = 30.0
+) -> Engine:
+    """The engine for a `.Database`. Raises `.ConfigurationError`.
+
+    ``ping_after`` is for `.FairPool`; a ready engine and any other pool go without.
+    """
+    _check_seconds("ping_after", ping_after, "never")
     if isinstance(url, AsyncEngine):
         raise ConfigurationError(
             "Database was given an AsyncEngine. Write AsyncDatabase(engine), or give Database an"
@@ -55,15 +62,21 @@ def sync_engine(url: str | URL | Engine, options: Mapping[str, Any] | None) -> E
         engine = url
     else:
         parsed = _parse(url, "Database")
-        engine = _build(create_engine, parsed, options)
+        engine = _build(create_engine, parsed, FairPool, options, ping_after)
     if engine.dialect.is_async:
         raise _wrong_kind(engine.url, "Database", "AsyncDatabase", 0)
     _mark_failed_connects(engine.dialect)
     return engine
 
 
-def async_engine(url: str | URL | AsyncEngine, options: Mapping[str, Any] | None) -> AsyncEngine:
-    """The engine for an `.AsyncDatabase`. Raises `.ConfigurationError`."""
+def async_engine(
+    url: str | URL | AsyncEngine, options: Mapping[str, Any] | None, ping_after: float | None = 30.0
+) -> AsyncEngine:
+    """The engine for an `.AsyncDatabase`. Raises `.ConfigurationError`.
+
+    ``ping_after`` is for `.AsyncFairPool`; a ready engine and any other pool go without.
+    """
+    _check_seconds("ping_after", ping_after, "never")
     if isinstance(url, Engine):
         raise ConfigurationError(
             "AsyncDatabase was given a plain Engine. Write Database(engine), or give"
@@ -75,7 +88,7 @@ def async_engine(url: str | URL | AsyncEngine, options: Mapping[str, Any] | None
     else:
         parsed = _parse(url, "AsyncDatabase")
         try:
-            engine = _build(create_async_engine, parsed, options)
+            engine = _build(create_async_engine, parsed, AsyncFairPool, options, ping_after)
         except exc.InvalidRequestError:  # "requires an async driver to be used"
             raise _wrong_kind(parsed, "AsyncDatabase", "Database", 1) from None
     _mark_failed_connects(engine.dialect)
@@ -115,15 +128,23 @@ def _parse(url: str | URL, kind: str) -> URL:
     )
 
 
-def _build(factory: Any, url: URL, options: Mapping[str, Any] | None) -> Any:
+def _build(
+    factory: Any,
+    url: URL,
+    fair_pool: type[FairPoolCore],
+    options: Mapping[str, Any] | None,
+    ping_after: float | None,
+) -> Any:
     settings = dict(options or {})
-    if url.get_backend_name() == "sqlite" and not {"poolclass", "pool"} & settings.keys():
-        if is_memory(url):
+    if settings.get("poolclass") is None and settings.get("pool") is None:
+        if url.get_backend_name() == "sqlite" and is_memory(url):
             settings["poolclass"] = SharedPool
             threads = {"check_same_thread": False}
             settings["connect_args"] = threads | settings.get("connect_args", {})
-        elif url.drivername == "sqlite+aiosqlite":
-            settings["poolclass"] = AsyncAdaptedQueuePool  # NullPool before SQLAlchemy 2.0.38
+        else:
+            settings["poolclass"] = fair_pool
+            settings.setdefault("ping_after", ping_after)
+            _check_pool(settings)
     for creator in ("creator", "async_creator"):
         if settings.get(creator):
             settings[creator] = _marking(settings[creator])
@@ -146,6 +167,29 @@ def _build(factory: Any, url: URL, options: Mapping[str, Any] | None) -> Any:
             f"The engine_options or the URL's options are not accepted for {url.drivername!r}:"
             f" {error}"
         ) from error
+
+
+def _check_pool(settings: Mapping[str, Any]) -> None:
+    """Refuse figures with which a pool would wait for ever, or fail at the first request."""
+    for name, least in ("pool_size", 0), ("max_overflow", -1):
+        value = settings.get(name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigurationError(
+                f"{name} must be a whole number, {least} or more ({least} is no limit), not"
+                f" {value!r}."
+            )
+    _check_seconds("pool_timeout", settings.get("pool_timeout"), "for ever")
+    _check_seconds("ping_after", settings.get("ping_after"), "never")
+
+
+def _check_seconds(name: str, value: Any, without: str) -> None:
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ConfigurationError(
+            f"{name} must be a number of seconds, 0 or more, or None ({without}), not {value!r}."
+        )
 
 
 def _refuse_options(options: Mapping[str, Any] | None) -> None:

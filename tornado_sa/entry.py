@@ -1,32 +1,48 @@
 """Entry points: where Tornado enters a handler's code.
 
 Each method by which Tornado enters user code is wrapped when the handler class
-is made. The wrapper makes the handler's scope the current one, so that nothing
-depends on which task or context Tornado calls from, nor on whether anybody
-calls ``super()``. What Tornado and `.BaseHandler` define stays as it is.
+is made, as ``wrappers.py`` has it. The wrapper makes the handler's scope the
+current one, so that nothing depends on which task or context Tornado calls
+from, nor on whether anybody calls ``super()``; where the handler has a plain
+session of an `.AsyncDatabase` it also makes the call cross the bridge. What
+Tornado and `.BaseHandler` define stays as it is.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Iterator
-from types import CoroutineType, FunctionType
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from tornado.web import RequestHandler
+from tornado.websocket import WebSocketHandler
 
-from tornado_sa.scope import Scope, current, enter, leave
+from tornado_sa.events import EVENT_SCOPE, start, start_and_log
+from tornado_sa.wrappers import (
+    Method,
+    Wrappers,
+    wrap_call,
+    wrap_data_received,
+    wrap_event,
+    wrap_handshake_end,
+    wrap_init,
+    wrap_initialize,
+    wrap_log_exception,
+    wrap_on_connection_close,
+    wrap_on_finish,
+    wrap_prepare,
+    wrap_verb,
+)
 
 if TYPE_CHECKING:
     from tornado_sa.handlers import BaseHandler
 
-Method = Callable[..., Any]
-Wrappers = tuple[Method, Method]  # for a plain method, for an `async def` one
 
 # Classes of these modules are the framework: user code is what overrides them.
 _TORNADO = frozenset({"tornado.web", "tornado.websocket"})
-_OURS = frozenset({"builtins", "tornado_sa.handlers"})
+_OURS = frozenset({"builtins", "tornado_sa.handlers", "tornado_sa.request", "tornado_sa.websocket"})
 
 # Set on every wrapper, so that none is wrapped again.
 _WRAPPER = "_tornado_sa_wrapper"
@@ -34,6 +50,8 @@ _WRAPPER = "_tornado_sa_wrapper"
 
 def wrap_entry_points(cls: type[BaseHandler]) -> None:
     """Wrap each entry point of ``cls`` that user code defines, as the MRO resolves it."""
+    if issubclass(cls, WebSocketHandler):
+        setattr(cls, "_sa_scope", EVENT_SCOPE)  # noqa: B010  (mypy: a property for an attribute)
     for name, wrap in _entry_points(cls):
         owner = next((base for base in cls.__mro__ if name in vars(base)), object)
         found = vars(owner).get(name)
@@ -58,18 +76,26 @@ def _is_framework(owner: type, cls: type) -> bool:
 
 
 def _entry_points(cls: type[BaseHandler]) -> Iterator[tuple[str, Callable[[Method], Wrappers]]]:
-    yield "__init__", _wrap_init
-    yield "set_default_headers", _wrap_initialize
-    yield "initialize", _wrap_initialize
-    yield "get_current_user", _wrap_call
-    yield "log_exception", _wrap_call
-    yield "write_error", _wrap_call
-    yield "prepare", _wrap_prepare
-    yield "on_finish", _wrap_on_finish
-    yield "on_connection_close", _wrap_on_connection_close
-    yield "data_received", _wrap_call
+    if issubclass(cls, WebSocketHandler):
+        yield "open", wrap_event("open")
+        yield "on_message", wrap_event("on_message")
+        yield "on_pong", wrap_event("on_pong")
+        yield "on_ping", wrap_event("on_ping", start)
+        yield "on_close", wrap_event("on_close", start_and_log)
+        yield "log_exception", wrap_log_exception
+        yield "on_finish", wrap_handshake_end
+    yield "__init__", wrap_init
+    yield "set_default_headers", wrap_initialize
+    yield "initialize", wrap_initialize
+    yield "get_current_user", wrap_call
+    yield "log_exception", wrap_call
+    yield "write_error", wrap_call
+    yield "prepare", wrap_prepare
+    yield "on_finish", wrap_on_finish
+    yield "on_connection_close", wrap_on_connection_close
+    yield "data_received", wrap_data_received
     for verb in getattr(cls, "SUPPORTED_METHODS", RequestHandler.SUPPORTED_METHODS):
-        yield verb.lower(), _wrap_call
+        yield verb.lower(), wrap_verb
 
 
 def _own(attribute: Any) -> Method:
@@ -101,94 +127,3 @@ def _like(found: Any, plain: Method, awaiting: Method) -> Method:
     """Pick the wrapper of the kind that ``found`` is, plain or ``async def``, and name it so."""
     wrapper = awaiting if inspect.iscoroutinefunction(found) else plain
     return functools.wraps(found)(wrapper) if isinstance(found, FunctionType) else wrapper
-
-
-async def _await_in(scope: Scope, awaitable: Awaitable[Any]) -> Any:
-    previous = enter(scope)
-    try:
-        return await awaitable
-    finally:
-        leave(scope, previous)
-
-
-def _wrap_call(method: Method) -> Wrappers:
-    """A verb, or ``data_received``: the handler's scope is current while it runs."""
-
-    def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        scope = self._sa_scope or self._open_scope()
-        if current.get() is scope:  # the request's own task, after prepare(): straight through
-            return method(self, *args, **kwargs)
-        previous = enter(scope)
-        try:
-            result = method(self, *args, **kwargs)
-        finally:
-            leave(scope, previous)
-        return _await_in(scope, result) if isinstance(result, CoroutineType) else result
-
-    async def awaiting(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        scope = self._sa_scope or self._open_scope()
-        call = method if current.get() is scope else plain
-        result = call(self, *args, **kwargs)
-        return result if result is None else await result
-
-    return plain, awaiting
-
-
-def _wrap_initialize(method: Method) -> Wrappers:
-    """``initialize``: the scope is current while it runs, and over if it raises."""
-    return _wrap_init(_wrap_call(method)[0])
-
-
-def _wrap_init(method: Method) -> Wrappers:
-    """``__init__``: when it raises, Tornado drops the request and calls nothing more."""
-
-    def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(self, *args, **kwargs)
-        except BaseException:
-            if self._sa_scope is not None:
-                self._end_request()
-            raise
-
-    return plain, plain
-
-
-def _wrap_prepare(method: Method) -> Wrappers:
-    """``prepare``: opens the scope, which then stays current in the request's task."""
-
-    def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        self._begin_request()
-        return method(self, *args, **kwargs)
-
-    async def awaiting(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        self._begin_request()
-        result = method(self, *args, **kwargs)
-        return result if result is None else await result
-
-    return plain, awaiting
-
-
-def _wrap_on_finish(method: Method) -> Wrappers:
-    """``on_finish``: the scope is current while it runs, and over after it."""
-    call, _ = _wrap_call(method)
-
-    def plain(self: BaseHandler) -> Any:
-        try:
-            return call(self)
-        finally:
-            self._end_request()
-
-    return plain, plain
-
-
-def _wrap_on_connection_close(method: Method) -> Wrappers:
-    """``on_connection_close``: what the client's leaving means is not left to ``super()``."""
-    call, _ = _wrap_call(method)
-
-    def plain(self: BaseHandler) -> Any:
-        try:
-            return call(self)
-        finally:
-            self._client_gone()
-
-    return plain, plain

@@ -43,8 +43,9 @@ class ReadOnlyViolation(TornadoSAError):
 
 
 class ConcurrentAccess(TornadoSAError):
-    """Two tasks used one ``AsyncSession`` at the same time.
+    """Two tasks, or a task and a worker thread, used one session at the same time.
 
     A session is one conversation with the database. Give each branch of a
-    ``gather`` its own: ``async with db.scope() as session``.
+    ``gather`` its own: ``async with db.scope() as session``. Await
+    ``db.to_thread()`` before using its session elsewhere.
     """

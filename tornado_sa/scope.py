@@ -37,7 +37,7 @@ class Scope:
     ``db.scope()`` and ``db.begin()``, not by calling this class.
     """
 
-    __slots__ = ("__weakref__", "_label", "_sessions", "closed", "opened_at")
+    __slots__ = ("__weakref__", "_label", "_sessions", "closed", "entered", "opened_at")
 
     def __init__(self, *label: str) -> None:
         # In pieces, for most are never shown. Joined here, they would cost an idle request more
@@ -45,6 +45,8 @@ class Scope:
         self._label = label
         #: True once the unit of work is over.
         self.closed: bool = False
+        #: True while an entry point of its handler runs under the bridge.
+        self.entered: bool = False
         #: When it was opened, in seconds of `time.monotonic`.
         self.opened_at: float = time.monotonic()
         self._sessions: dict[SessionOwner, Any] = {}
@@ -136,7 +138,8 @@ def current_scope() -> Scope:
 def enter(scope: Scope) -> Scope | None:
     """Make ``scope`` the current one; return the one that was."""
     previous = current.get()
-    current.set(scope)
+    if previous is not scope:  # the first value in a context costs more than all the rest
+        current.set(scope)
     return previous
 
 
@@ -147,5 +150,5 @@ def leave(scope: Scope, previous: Scope | None) -> None:
     another context than the one it began in. There ``reset`` would raise, and
     a variable that points elsewhere is none of our business.
     """
-    if current.get() is scope:
+    if previous is not scope and current.get() is scope:
         current.set(previous)

@@ -1,0 +1,222 @@
+"""What the two databases share: the sessions of their scopes, and the end of these."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from asyncio import Task
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from sqlalchemy import Engine, event
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from tornado_sa.changes import watch_sessions, watch_writes
+from tornado_sa.ending import discard_connection, log_failed_closing, logger, roll_back_and_close
+from tornado_sa.engine import shown
+from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed, TornadoSAError
+from tornado_sa.holds import warn_of_long_holds
+from tornado_sa.responses import mark_unreachable
+from tornado_sa.scope import Scope, current_scope
+
+SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
+
+# Defaults that differ from SQLAlchemy's. A closed session raises instead of silently
+# beginning again; objects stay readable after the commit.
+SESSION_DEFAULTS = {"close_resets_only": False, "expire_on_commit": False}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a database is doing at this moment, in this process.
+
+    Figures that the pool in use cannot give are None.
+    """
+
+    pool_size: int | None
+    """Connections the pool keeps."""
+    checked_out: int | None
+    """Connections in use."""
+    overflow: int | None
+    """Connections in existence beyond ``pool_size``."""
+    waiting: int | None
+    """Units of work that wait for a connection."""
+    open_scopes: list[Scope]
+    """The scopes that have a session of this database, oldest first. Each has a ``label`` and
+    an ``age`` in seconds."""
+
+
+class DatabaseCore(Generic[SessionT]):
+    """What `.Database` and `.AsyncDatabase` share: all that needs no I/O."""
+
+    #: True if its plain sessions do I/O under the bridge only.
+    needs_bridge: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        make_session: Callable[[], SessionT],
+        engine: Engine,
+        plain_class: type[Session] | sessionmaker[Any],
+        hold_warning: float | None,
+    ) -> None:
+        self._make_session = make_session
+        self._sync_engine = engine
+        self._open_scopes: set[Scope] = set()
+        self._disposed_at = float("-inf")  # seconds of time.monotonic
+        self._of_the_parent: list[SessionT] = []
+        event.listen(engine, "handle_error", discard_connection)
+        watch_writes(engine)
+        watch_sessions(plain_class)
+        if hold_warning is not None:
+            warn_of_long_holds(engine, hold_warning)
+        try:
+            make_session()  # so that a wrong option is found now and not at the first request
+        except TypeError as error:
+            raise ConfigurationError(f"session_options are not accepted: {error}") from error
+        _databases.add(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown(self._sync_engine.url)})"
+
+    def session_in(self, scope: Scope) -> SessionT:
+        """The session of this database in ``scope``, made when it is first asked for.
+
+        Raises `.ScopeClosed`.
+        """
+        session: SessionT | None = scope.get(self)
+        if session is None:
+            scope.check()
+            self._open_scopes.add(scope)
+            try:
+                session = scope.put(self, self._make_session())
+            except BaseException:
+                self._open_scopes.discard(scope)
+                raise
+        return session
+
+    def plain_session_in(self, scope: Scope) -> Session:
+        """The plain session of this database in ``scope``. See `session_in`."""
+        raise NotImplementedError
+
+    def end_session(self, scope: Scope, session: SessionT) -> Task[None] | None:
+        """Roll back what was not committed and close; called by the scope as it ends.
+
+        Never raises: a failure is one line in the log.
+        """
+        self._open_scopes.discard(scope)
+        try:
+            return self._end(scope, session)
+        except Exception as error:
+            log_failed_closing(scope, error)
+            return None
+
+    def _way_to_end(self, scope: Scope) -> Callable[[Session], None]:
+        """How to end a session of ``scope``: by closing it, or with its connection.
+
+        No pool waits for a connection whose engine was disposed of in the meantime; it would stay
+        open until it is collected as garbage, and an aiosqlite thread for ever.
+        """
+        return Session.invalidate if scope.opened_at <= self._disposed_at else roll_back_and_close
+
+    def _end(self, scope: Scope, session: SessionT) -> Task[None] | None:
+        raise NotImplementedError
+
+    def status(self) -> Status:
+        """How busy the database is: its pool, and the scopes that are open."""
+        pool = self._sync_engine.pool
+
+        def figure(name: str) -> int | None:
+            found = getattr(pool, name, None)  # a method in most pools, a number in one
+            number: int | None = found() if callable(found) else found
+            return None if number is None else max(0, number)
+
+        return Status(
+            pool_size=figure("size"),
+            checked_out=figure("checkedout"),
+            overflow=figure("overflow"),
+            waiting=figure("waiting"),
+            open_scopes=sorted(list(self._open_scopes), key=lambda scope: scope.opened_at),
+        )
+
+    def _abandon(self) -> None:
+        """Name the units of work that are still open as the engine goes away, in one log line."""
+        self._disposed_at = time.monotonic()
+        leftovers = self.status().open_scopes
+        if leftovers:
+            listed = ", ".join(f"{scope.label} ({scope.age:.1f} s)" for scope in leftovers)
+            logger.warning("%r is disposed of while still in use by: %s", self, listed)
+
+    def _after_fork(self) -> None:
+        """Start afresh in a forked child; the parent's connections stay the parent's."""
+        self._sync_engine.dispose(close=False)
+        for scope in self._open_scopes:
+            # Taken out, or the end of the scope would roll back on the parent's socket; and kept,
+            # or the garbage collector would.
+            session: SessionT | None = scope.get(self)
+            if session is not None:
+                self._of_the_parent.append(session)
+                scope.drop(self)
+        self._open_scopes = set()
+
+
+class ScopeRegistry(ScopedRegistry[SessionT]):
+    """Lets ``scoped_session`` keep its sessions in the scopes themselves.
+
+    So nothing outlives a scope, and ``self.session`` and ``db.session`` cannot
+    differ. The legacy idiom ``db.session.remove()`` stays harmless anywhere.
+    """
+
+    def __init__(
+        self, database: DatabaseCore[Any], session_in: Callable[[Scope], SessionT]
+    ) -> None:
+        super().__init__(database._make_session, current_scope)
+        self._database = database
+        self._session_in = session_in
+
+    def __call__(self) -> SessionT:
+        return self._session_in(current_scope())
+
+    def has(self) -> bool:
+        try:
+            return current_scope().get(self._database) is not None
+        except (NoActiveScope, ScopeClosed):
+            return False
+
+    def set(self, obj: SessionT) -> None:
+        if self._session_in != self._database.session_in:
+            raise TornadoSAError(
+                "db.sync_session makes no sessions, it leads to the plain session inside"
+                " db.session. Give the options to `db.session(...)` instead."
+            )
+        scope = current_scope()
+        scope.drop(self._database)
+        scope.put(self._database, obj)
+        self._database._open_scopes.add(scope)
+
+    def clear(self) -> None:
+        if self.has():
+            scope = current_scope()
+            scope.drop(self._database)
+            self._database._open_scopes.discard(scope)
+
+
+def no_answer(database: DatabaseCore[Any], timeout: float) -> TimeoutError:
+    """The error for a database that said nothing for ``timeout`` seconds."""
+    error = TimeoutError(f"{database!r} did not answer within {timeout:g} s.")
+    mark_unreachable(error)
+    return error
+
+
+_databases: weakref.WeakSet[DatabaseCore[Any]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for database in list(_databases):
+        database._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,241 @@
+"""The life of a request: its scope, and what its errors are answered with."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from tornado.log import app_log
+from tornado.web import RequestHandler
+
+from tornado_sa.async_database import AsyncDatabase
+from tornado_sa.bridge import step_aside
+from tornado_sa.core import DatabaseCore
+from tornado_sa.database import Database
+from tornado_sa.ending import logger
+from tornado_sa.errors import ConfigurationError
+from tornado_sa.responses import RETRY_AFTER, status_for, summary
+from tornado_sa.scope import Scope, current
+
+AnyDatabase = TypeVar("AnyDatabase", bound=DatabaseCore[Any])
+
+# A mixin: it has Tornado's methods by way of the class it is mixed into.
+if TYPE_CHECKING:
+    _Handler = RequestHandler
+else:
+    _Handler = object
+
+
+class _Done:
+    """Something that may be awaited, yielded or dropped, and has nothing to wait for."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return _NOTHING
+
+
+_NOTHING: Generator[Any, Any, None] = (None for _ in range(0))  # exhausted for everybody
+DONE = _Done()
+
+
+class RequestScope(_Handler):
+    """What `.BaseHandler` does when, and whatever way, a request begins and ends."""
+
+    #: The database of this handler. The default is ``application.settings["db"]``.
+    database: Database | AsyncDatabase | None = None
+
+    #: Cancel the request when its client goes away. By default the verb runs to
+    #: its end, as Tornado does it. Of a WebSocket, only the handshake is ever
+    #: cancelled: an event always runs to its end.
+    cancel_on_disconnect: ClassVar[bool] = False
+
+    _sa_plain: ClassVar[bool] = True  # self.session is a plain Session
+    _sa_bridge: AsyncDatabase | None = None  # and its database an async one: it needs the bridge
+    _sa_scope: Scope | None = None  # in a WebSocket handler a property: see events.py
+    _sa_handshake: Scope | None = None
+    _sa_task: asyncio.Task[Any] | None = None
+    _sa_hooks: int = 0  # hooks that run as tasks at this moment
+    _sa_over: bool = False  # the request has ended but for them
+    _sa_retry_after: bool = False
+
+    def prepare(self) -> Any:
+        """Open the request's scope and make it current.
+
+        Returns what the next ``prepare`` in line returned, or else something
+        that may be awaited, yielded or dropped, so that ``super().prepare()``
+        and ``await super().prepare()`` are both right in a subclass.
+        """
+        self._begin_request()
+        result = super().prepare()
+        return DONE if result is None else result
+
+    def on_finish(self) -> None:
+        """End the request's scope: roll back what was not committed, and close.
+
+        Does nothing if the scope is over or was never opened, as after a 405.
+        """
+        try:
+            super().on_finish()
+        finally:
+            self._end_request()
+
+    def on_connection_close(self) -> None:
+        """Cancel the request if ``cancel_on_disconnect`` is set."""
+        try:
+            super().on_connection_close()
+        finally:
+            self._client_gone()
+
+    def _open_scope(self) -> Scope:
+        """Return the request's scope, which may be over; make it if there is none yet."""
+        if self._sa_scope is None:
+            request = self.request
+            self._sa_scope = Scope(request.method or "", request.path)
+            if self._sa_plain:
+                database = self._database()
+                if getattr(database, "needs_bridge", False):
+                    self._sa_bridge = database
+        return self._sa_scope
+
+    def _begin_request(self) -> None:
+        scope = self._sa_scope or self._open_scope()
+        current.set(scope)
+        if self._sa_task is None and not scope.closed:
+            task = self._sa_task = asyncio.current_task()
+            if task is not None:
+                task.add_done_callback(self._task_ended)
+
+    def _end_request(self) -> None:
+        task = self._sa_task
+        if task is not None:
+            self._sa_task = None  # the task holds its handler: no reference cycle
+            task.remove_done_callback(self._task_ended)
+        scope = self._sa_scope or self._open_scope()  # opened, so that none is opened later
+        if self._sa_hooks:
+            self._sa_over = True
+        else:
+            scope.end()
+
+    def _run_hook(self, database: AsyncDatabase, hook: Coroutine[Any, Any, Any]) -> None:
+        """Run a hook of the request as a task of its own; the scope ends after it."""
+        self._sa_hooks += 1
+        database._track(self._hook(hook), f"hook of {self._open_scope().label}")
+
+    def _finish_bridged(
+        self, database: AsyncDatabase, finish: Callable[..., Any], *args: Any
+    ) -> None:
+        """Finish as Tornado does, and close the session without another task."""
+        task = asyncio.current_task()
+        assert task is not None  # the bridge is crossed in tasks only
+        database._tasks.add(task)  # for dispose(), as the task of a closing is
+        try:
+            finish(*args)
+        finally:
+            database._tasks.discard(task)
+
+    async def _hook(self, hook: Coroutine[Any, Any, Any]) -> None:
+        await step_aside()
+        current.set(self._open_scope())
+        try:
+            await hook
+        except Exception:
+            self.log_exception(*sys.exc_info())
+        finally:
+            self._sa_hooks -= 1
+            if self._sa_over:
+                self._end_request()
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        """End the request with its task, for requests that never get to ``on_finish``.
+
+        Those are abandoned uploads, ``detach()``, ``_auto_finish = False``, and
+        on Tornado 6.5 cancelled handlers, which are left without an answer too.
+        """
+        scope = self._sa_scope
+        # _finished: private, but Tornado has no public way to ask. Set by finish() and detach().
+        if task.cancelled() and not self._finished and scope is not None and not scope.closed:
+            try:
+                self.send_error(500)
+            except Exception:
+                app_log.error("Exception in exception handler", exc_info=True)
+        self._end_request()
+
+    def _client_gone(self) -> None:
+        # Tornado's own part, which an override may have left out: without it, the task of an
+        # abandoned upload waits for the rest of the body for ever.
+        RequestHandler.on_connection_close(self)
+        task = self._sa_task
+        if self.cancel_on_disconnect and task is not None and not task.cancelling():
+            task.cancel()
+
+    def _database(self) -> Any:
+        return self.database or self.application.settings.get("db")
+
+    def _find_database(self, *kinds: type[AnyDatabase]) -> AnyDatabase:
+        database = self._database()
+        if isinstance(database, kinds):
+            return database
+        name, kind = type(self).__name__, kinds[0]
+        if database is None:
+            raise ConfigurationError(
+                f"{name} has no database. Set it for the application,"
+                f" `Application(handlers, db={kind.__name__}(url))`, or for the handler class,"
+                f" `database = {kind.__name__}(url)`."
+            )
+        if isinstance(database, Database | AsyncDatabase):
+            raise ConfigurationError(
+                f"{name} needs {_a(kind)}, and was given {_a(type(database))}. SessionHandler goes"
+                " with Database or AsyncDatabase, AsyncSessionHandler with AsyncDatabase."
+            )
+        raise ConfigurationError(
+            f"{name} was given {_a(type(database))} as its database, and needs {_a(kind)}. Set the"
+            " class attribute `database`, or `db` in the application's settings."
+        )
+
+    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
+        """Answer an error of the database with the status it deserves.
+
+        503 with ``Retry-After`` where trying again may help, 409 for stale
+        data. Everything else is as Tornado does it, and ``write_error`` still
+        gets the original exception.
+        """
+        status = status_for(_exception(kwargs)) if status_code == 500 else None
+        self._sa_retry_after = status == 503
+        try:
+            super().send_error(int(status or status_code), **kwargs)
+        finally:
+            self._sa_retry_after = False
+
+    def set_status(self, status_code: int, reason: str | None = None) -> None:
+        """Set the status; to a 503 of `send_error`, which has cleared the headers, add one."""
+        super().set_status(status_code, reason)
+        if self._sa_retry_after:
+            if status_code == 503:
+                self.set_header("Retry-After", RETRY_AFTER)
+            else:  # write_error() thinks otherwise
+                self.clear_header("Retry-After")
+
+    def log_exception(
+        self,
+        typ: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """Log errors that are answered with 503 or 409 in one line, all others as Tornado does."""
+        status = status_for(value)
+        if status is None or value is None:
+            super().log_exception(typ, value, tb)
+        else:
+            label = self._open_scope().label
+            logger.error("%s: %d %s: %s", label, status, status.phrase, summary(value))
+
+
+def _exception(kwargs: dict[str, Any]) -> BaseException | None:
+    error: BaseException | None = kwargs.get("exc_info", (None, None))[1]
+    return error
+
+
+def _a(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"

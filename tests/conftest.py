@@ -23,6 +23,7 @@ from tornado.web import Application
 from tests.cluster import Cluster
 from tests.support import (
     ASYNC,
+    BRIDGED,
     DRIVERS,
     SYNC,
     Base,
@@ -76,7 +77,7 @@ def postgresql_tables(postgresql_url: str) -> Iterator[Any]:
     engine.dispose()
 
 
-@pytest.fixture(params=SYNC + ASYNC)
+@pytest.fixture(params=SYNC + ASYNC + BRIDGED)
 def flavour(request: pytest.FixtureRequest, tmp_path: Path, io_loop: IOLoop) -> Iterator[Flavour]:
     """Every database, with empty tables; narrowed down with ``@only(...)``."""
     name = request.param

@@ -1,13 +1,15 @@
 """Run Tornado's own test suite with BaseHandler in every handler. Prints a report as JSON.
 
-Usage: ``python tests/injected.py none|above|below``
+Usage: ``python tests/injected.py none|above|below|bridged``
 
 ``above`` puts the mixin before each handler class as the application uses it; ``below`` puts it
-under each, as the class that every handler of the suite inherits from. Every request uses its
-session and so holds a connection. A program of its own, because it replaces names in
+under each, as the class that every handler of the suite inherits from; ``bridged`` is ``above``
+with an AsyncDatabase, so that all code of the handlers runs under the bridge. Every request uses
+its session and so holds a connection. A program of its own, because it replaces names in
 ``tornado.web`` before the suite imports them.
 """
 
+import asyncio
 import importlib.util
 import json
 import logging
@@ -19,10 +21,11 @@ from pathlib import Path
 
 import tornado.web
 import tornado.websocket
-from sqlalchemy import text
+from sqlalchemy import NullPool, text
 from tornado.test.runtests import TEST_MODULES
+from tornado.testing import AsyncTestCase
 
-from tornado_sa import BaseHandler, Database
+from tornado_sa import AsyncDatabase, BaseHandler, Database
 
 
 def make_mixin(database):
@@ -63,6 +66,19 @@ def inject_below(mixin):
     tornado.web.RequestHandler = injected
 
 
+def wait_for_closings(database):
+    """Let connections go back at the end of each test, for there the suite cancels every task."""
+    original = AsyncTestCase.tearDown
+
+    def tear_down(self):
+        tasks = [t for t in database._tasks if t.get_loop() is self.io_loop.asyncio_loop]
+        if tasks:
+            self.io_loop.run_sync(lambda: asyncio.wait(tasks, timeout=5))
+        original(self)
+
+    AsyncTestCase.tearDown = tear_down
+
+
 def uses_handlers(module):
     spec = importlib.util.find_spec(module) if module.startswith("tornado.test.") else None
     return spec is not None and "Handler" in Path(spec.origin).read_text()
@@ -92,9 +108,18 @@ class Result(unittest.TestResult):
 
 def main(mode):
     folder = tempfile.mkdtemp()
-    database = Database(f"sqlite:///{Path(folder, 'suite.db')}", engine_options={"pool_size": 50})
+    path = Path(folder, "suite.db")
+    if mode == "bridged":  # each test has a loop of its own, so no connection is kept
+        database = AsyncDatabase(
+            f"sqlite+aiosqlite:///{path}", engine_options={"poolclass": NullPool}
+        )
+    else:
+        database = Database(f"sqlite:///{path}", engine_options={"pool_size": 50})
     if mode != "none":
-        {"above": inject_above, "below": inject_below}[mode](make_mixin(database))
+        inject = inject_below if mode == "below" else inject_above
+        inject(make_mixin(database))
+    if mode == "bridged":
+        wait_for_closings(database)
     recorder = Recorder()
     logging.getLogger().addHandler(recorder)
     logging.getLogger("tornado.access").setLevel(logging.CRITICAL)

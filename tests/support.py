@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import pytest
 import tornado
 from sqlalchemy import Engine, ForeignKey, event
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from tornado_sa import (
     AsyncDatabase,
@@ -33,6 +33,7 @@ class Note(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     text: Mapped[str]
+    replies: Mapped[list[Reply]] = relationship(back_populates="note")
 
 
 class Reply(Base):
@@ -44,6 +45,7 @@ class Reply(Base):
     note_id: Mapped[int] = mapped_column(
         ForeignKey("note.id", deferrable=True, initially="DEFERRED")
     )
+    note: Mapped[Note] = relationship(back_populates="replies")
 
 
 class Document(Base):
@@ -75,7 +77,14 @@ class Flavour:
         self.db = db
         self.admin = admin
         self.is_async = isinstance(db, AsyncDatabase)
-        self.Handler: Any = AsyncSessionHandler if self.is_async else SessionHandler
+        self.is_bridged = name.startswith("bridged")
+        awaits = self.is_async and not self.is_bridged
+        self.Handler: Any = AsyncSessionHandler if awaits else SessionHandler
+
+    @property
+    def session(self) -> Any:
+        """The proxy that leads to what ``self.session`` is in a handler of this flavour."""
+        return self.db.session if self.is_async and not self.is_bridged else self.db.sync_session
 
     @property
     def sync_engine(self) -> Engine:
@@ -92,7 +101,8 @@ class Flavour:
             return list(connection.scalars(Note.__table__.select().with_only_columns(Note.text)))
 
     def checked_out(self) -> int:
-        checked_out: int = self.sync_engine.pool.checkedout()  # type: ignore[attr-defined]
+        pool: Any = self.sync_engine.pool  # not every Pool counts; those of the flavours do
+        checked_out: int = pool.checkedout()
         return checked_out
 
     async def in_scope(self, function: Callable[[Any], Any], *, commit: bool = False) -> Any:
@@ -111,21 +121,25 @@ class Flavour:
 # The flavours by name: driver of the application, driver of the test's own connection.
 SYNC = ["sqlite", "psycopg"]
 ASYNC = ["aiosqlite", "asyncpg", "psycopg_async"]
-POSTGRESQL = ["psycopg", "asyncpg", "psycopg_async"]
+BRIDGED = ["bridged_aiosqlite", "bridged_asyncpg", "bridged_psycopg"]
+POSTGRESQL = ["psycopg", "asyncpg", "psycopg_async", "bridged_asyncpg", "bridged_psycopg"]
 DRIVERS = {
     "sqlite": "sqlite",
     "psycopg": "postgresql+psycopg",
     "aiosqlite": "sqlite+aiosqlite",
     "asyncpg": "postgresql+asyncpg",
     "psycopg_async": "postgresql+psycopg",
+    "bridged_aiosqlite": "sqlite+aiosqlite",
+    "bridged_asyncpg": "postgresql+asyncpg",
+    "bridged_psycopg": "postgresql+psycopg",
 }
 
 
 def make_database(name: str, url: str, **options: Any) -> Any:
     """Make the database of a flavour, with SQLite's foreign keys checked."""
-    made: Any = AsyncDatabase(url, **options) if name in ASYNC else Database(url, **options)
+    made: Any = Database(url, **options) if name in SYNC else AsyncDatabase(url, **options)
     if "sqlite" in url:
-        check_foreign_keys(made.engine.sync_engine if name in ASYNC else made.engine)
+        check_foreign_keys(made.engine if name in SYNC else made.engine.sync_engine)
     return made
 
 
@@ -152,6 +166,12 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
         if asyncio.get_running_loop().time() > deadline:
             pytest.fail(f"not so after {seconds} s: {inspect.getsource(condition).strip()}")
         await asyncio.sleep(0.005)
+
+
+def proxy(handler: Any) -> Any:
+    """The proxy that leads to the session of ``handler``, from anywhere below it."""
+    is_async = isinstance(handler, AsyncSessionHandler)
+    return handler.db.session if is_async else handler.db.sync_session
 
 
 class RawClient:
@@ -182,9 +202,9 @@ class RawClient:
             self.writer.transport.abort()
 
 
-def missing(server: str, reason: object) -> NoReturn:
-    """Skip for want of a server; in CI, where it is required, fail."""
-    message = f"no {server} server: {reason}"
-    if server in os.environ.get("TORNADO_SA_REQUIRE", "").split(","):
+def missing(what: str, reason: object) -> NoReturn:
+    """Skip for want of a server or a package; in CI, where it is required, fail."""
+    message = f"no {what}: {reason}"
+    if what in os.environ.get("TORNADO_SA_REQUIRE", "").split(","):
         pytest.fail(message)
     pytest.skip(message)

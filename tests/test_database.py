@@ -60,9 +60,9 @@ def test_wrong_engines() -> None:
     engine = create_engine("sqlite://")
     async_engine = create_async_engine("sqlite+aiosqlite://")
     with pytest.raises(ConfigurationError, match=r"Write AsyncDatabase\(engine\)"):
-        Database(async_engine)  # type: ignore[arg-type]
+        Database(async_engine)  # type: ignore[arg-type]  # the mistake that is tested
     with pytest.raises(ConfigurationError, match=r"Write Database\(engine\)"):
-        AsyncDatabase(engine)  # type: ignore[arg-type]
+        AsyncDatabase(engine)  # type: ignore[arg-type]  # the mistake that is tested
     with pytest.raises(ConfigurationError, match="no effect on a ready engine"):
         Database(engine, engine_options={"echo": True})
     with pytest.raises(ConfigurationError, match="engine_options"):
@@ -304,7 +304,7 @@ def test_wrong_base_order() -> None:
 )
 def test_handler_without_the_right_database(handler: Any, settings: Any, says: str) -> None:
     request = HTTPServerRequest(
-        connection=FakeConnection(),  # type: ignore[arg-type]
+        connection=FakeConnection(),  # type: ignore[arg-type]  # has what a request needs
         headers=HTTPHeaders({"Host": "x"}),
         start_line=RequestStartLine("GET", "/", "HTTP/1.1"),
     )

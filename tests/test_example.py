@@ -1,4 +1,4 @@
-"""The example application: its API, its page, and its command line, on SQLite and PostgreSQL."""
+"""The example application: its API, its page, and its command line, over sync and async drivers."""
 
 from __future__ import annotations
 
@@ -20,43 +20,67 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, make_url, select, text
+from sqlalchemy import create_engine, func, make_url, select, text
 from sqlalchemy.exc import IntegrityError
 from tornado.httpclient import AsyncHTTPClient
+from tornado.ioloop import IOLoop
 from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 
 from example_app.app import create_schema, make_app, open_database
 from example_app.models import MAX_INTEGER, Account, Base, Transfer, money
 from example_app.server import DrainingServer
-from tests.support import RawClient, until
-from tornado_sa import Database
+from tests.conftest import no_connection_thread
+from tests.support import DRIVERS, RawClient, settle, until
+from tornado_sa import AsyncDatabase, Database
 
 UNREACHABLE = "postgresql+psycopg://u:hunter2@127.0.0.1:9/x"
+UNREACHABLE_ASYNC = "postgresql+asyncpg://u:hunter2@127.0.0.1:9/x"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'ledger.db'}"
-    url = make_url(request.getfixturevalue("postgresql_url")).set(drivername="postgresql+psycopg")
-    return url.render_as_string(hide_password=False)
+@pytest.fixture(params=["sqlite", "psycopg", "aiosqlite", "asyncpg"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a database without tables is. After the test it has none again."""
+    driver = DRIVERS[request.param]
+    if "sqlite" in driver:
+        yield f"{driver}:///{tmp_path / 'ledger.db'}"
+        return
+    given = make_url(request.getfixturevalue("postgresql_url"))
+    yield given.set(drivername=driver).render_as_string(hide_password=False)
+    engine = create_engine(given.set(drivername="postgresql+psycopg"))
+    Base.metadata.drop_all(engine)
+    engine.dispose()
 
 
 @pytest.fixture
-def db(database_url: str) -> Iterator[Database]:
-    """A ledger without accounts. After the test nothing is checked out, and no scope is open."""
+def db(database_url: str, io_loop: IOLoop) -> Iterator[Database | AsyncDatabase]:
+    """The application's database, with tables. After the test nothing is checked out or open."""
     db = open_database(database_url)
-    create_schema(db)
+    io_loop.run_sync(lambda: create_schema(db))
     yield db
-    status = db.status()
-    assert (status.checked_out, status.open_scopes) == (0, [])
-    Base.metadata.drop_all(db.engine)
-    db.dispose()
+
+    async def end() -> None:
+        if isinstance(db, AsyncDatabase):  # its closings may take a moment
+            await until(lambda: db.status().checked_out == 0 and not db.status().open_scopes)
+        status = db.status()
+        assert (status.checked_out, status.open_scopes) == (0, [])
+        await settle(db.dispose())
+        await until(no_connection_thread)
+
+    io_loop.run_sync(end)
 
 
 @pytest.fixture
-def app(db: Database) -> Application:
+def ledger(db: Database | AsyncDatabase, database_url: str) -> Iterator[Database]:
+    """A `Database` of the test's own, on the application's tables, which are empty."""
+    driver = "sqlite" if "sqlite" in database_url else "postgresql+psycopg"
+    ledger = Database(make_url(database_url).set(drivername=driver))
+    yield ledger
+    ledger.dispose()
+
+
+@pytest.fixture
+def app(db: Database | AsyncDatabase) -> Application:
     return make_app(db)
 
 
@@ -76,22 +100,22 @@ def ask(app: Application, http_client: AsyncHTTPClient, base_url: str) -> Any:
     return ask
 
 
-def rows(db: Database) -> tuple[int, int]:
+def rows(ledger: Database) -> tuple[int, int]:
     """How many accounts there are, and how many transfers."""
-    with db.scope() as session:
+    with ledger.scope() as session:
         accounts = session.scalar(select(func.count()).select_from(Account)) or 0
         transfers = session.scalar(select(func.count()).select_from(Transfer)) or 0
         return accounts, transfers
 
 
-def balances(db: Database) -> list[int]:
-    with db.scope() as session:
+def balances(ledger: Database) -> list[int]:
+    with ledger.scope() as session:
         return list(session.scalars(select(Account.balance).order_by(Account.id)))
 
 
-def open_accounts(db: Database, *opening: int, currency: str = "EUR") -> list[int]:
+def open_accounts(ledger: Database, *opening: int, currency: str = "EUR") -> list[int]:
     """Open an account for each balance; return their ids."""
-    with db.begin() as session:
+    with ledger.begin() as session:
         accounts = [Account(owner="Ada", currency=currency, balance=money) for money in opening]
         session.add_all(accounts)
         session.flush()
@@ -122,14 +146,14 @@ async def test_an_account_opens_empty_unless_told_otherwise(ask: Any) -> None:
 
 
 @pytest.mark.gen_test
-async def test_the_largest_values_fit(db: Database, ask: Any) -> None:
+async def test_the_largest_values_fit(ledger: Database, ask: Any) -> None:
     whole = {"owner": "x" * 100, "currency": "EUR", "balance": MAX_INTEGER}
     code, account = await ask("POST", "/accounts", whole)
     assert (code, account["balance"]) == (201, MAX_INTEGER)
-    (other,) = open_accounts(db, 0)
+    (other,) = open_accounts(ledger, 0)
     order = {"from": account["id"], "to": other, "amount": MAX_INTEGER, "memo": "x" * 200}
     assert (await ask("POST", "/transfers", order))[0] == 201
-    assert balances(db) == [0, MAX_INTEGER]
+    assert balances(ledger) == [0, MAX_INTEGER]
 
 
 BAD_ACCOUNTS: list[tuple[str, list[Any]]] = [
@@ -144,14 +168,14 @@ BAD_ACCOUNTS: list[tuple[str, list[Any]]] = [
 @pytest.mark.parametrize(("field", "values"), BAD_ACCOUNTS)
 @pytest.mark.gen_test
 async def test_a_bad_account_is_refused(
-    db: Database, ask: Any, field: str, values: list[Any]
+    ledger: Database, ask: Any, field: str, values: list[Any]
 ) -> None:
     good = {"owner": "Ada", "currency": "EUR", "balance": 1}
     for value in values:
         code, body = await ask("POST", "/accounts", {**good, field: value})
         assert code == 400, value
         assert field in body["error"] or "unknown field" in body["error"]
-    assert rows(db) == (0, 0)
+    assert rows(ledger) == (0, 0)
 
 
 BAD_BODIES: list[str | bytes] = ["", "{", "{}", "[]", "null", "1", '"x"', "a=b", "[" * 50_000]
@@ -160,11 +184,11 @@ BAD_BODIES += ['{"balance": %s}' % ("9" * 5000), b"\xff\xfe", b'{"owner": "\xff"
 
 @pytest.mark.parametrize("path", ["/accounts", "/transfers"])
 @pytest.mark.gen_test
-async def test_a_bad_body_is_refused(db: Database, ask: Any, path: str) -> None:
+async def test_a_bad_body_is_refused(ledger: Database, ask: Any, path: str) -> None:
     for body in BAD_BODIES:
         code, answer = await ask("POST", path, body)
         assert (code, list(answer)) == (400, ["error"]), body
-    assert rows(db) == (0, 0)
+    assert rows(ledger) == (0, 0)
 
 
 @pytest.mark.gen_test
@@ -183,9 +207,9 @@ async def test_an_id_that_no_row_has_is_a_404(ask: Any, path: str) -> None:
 
 
 @pytest.mark.gen_test
-async def test_lists_are_limited(db: Database, ask: Any) -> None:
-    first, second = open_accounts(db, *[1000] * 201)[:2]
-    with db.begin() as session:
+async def test_lists_are_limited(ledger: Database, ask: Any) -> None:
+    first, second = open_accounts(ledger, *[1000] * 201)[:2]
+    with ledger.begin() as session:
         for amount in range(1, 61):
             session.add(Transfer(from_id=first, to_id=second, amount=amount, memo=""))
     for path in ("/accounts", "/transfers"):
@@ -208,14 +232,14 @@ async def test_a_bad_limit_is_refused(ask: Any, path: str) -> None:
 
 
 @pytest.mark.gen_test
-async def test_a_transfer_moves_money_and_is_read(db: Database, ask: Any) -> None:
-    first, second = open_accounts(db, 100, 5)
+async def test_a_transfer_moves_money_and_is_read(ledger: Database, ask: Any) -> None:
+    first, second = open_accounts(ledger, 100, 5)
     order = {"from": first, "to": second, "amount": 30, "memo": "lunch"}
     code, transfer = await ask("POST", "/transfers", order)
     assert code == 201
     assert transfer.items() >= order.items()
     assert transfer["created_at"].endswith("+00:00")
-    assert balances(db) == [70, 35]
+    assert balances(ledger) == [70, 35]
     assert await ask("GET", f"/transfers/{transfer['id']}") == (200, transfer)
     assert await ask("GET", "/transfers") == (200, {"transfers": [transfer]})
 
@@ -234,17 +258,17 @@ async def test_a_transfer_moves_money_and_is_read(db: Database, ask: Any) -> Non
 )
 @pytest.mark.gen_test
 async def test_the_ledger_refuses_what_would_not_add_up(
-    db: Database, ask: Any, source: str, target: str, amount: int, error: str
+    ledger: Database, ask: Any, source: str, target: str, amount: int, error: str
 ) -> None:
-    ada, bob, full = open_accounts(db, 100, 0, MAX_INTEGER)
-    (yen,) = open_accounts(db, 100, currency="JPY")
+    ada, bob, full = open_accounts(ledger, 100, 0, MAX_INTEGER)
+    (yen,) = open_accounts(ledger, 100, currency="JPY")
     ids = {"ada": ada, "bob": bob, "full": full, "yen": yen, "nobody": MAX_INTEGER}
     order = {"from": ids[source], "to": ids[target], "amount": amount}
     code, body = await ask("POST", "/transfers", order)
     assert code == 422
     assert error in body["error"]
-    assert balances(db) == [100, 0, MAX_INTEGER, 100]
-    assert rows(db) == (4, 0)
+    assert balances(ledger) == [100, 0, MAX_INTEGER, 100]
+    assert rows(ledger) == (4, 0)
 
 
 BAD_TRANSFERS: list[tuple[str, list[Any]]] = [
@@ -259,34 +283,41 @@ BAD_TRANSFERS: list[tuple[str, list[Any]]] = [
 @pytest.mark.parametrize(("field", "values"), BAD_TRANSFERS)
 @pytest.mark.gen_test
 async def test_a_bad_transfer_is_refused(
-    db: Database, ask: Any, field: str, values: list[Any]
+    ledger: Database, ask: Any, field: str, values: list[Any]
 ) -> None:
-    first, second = open_accounts(db, 100, 100)
+    first, second = open_accounts(ledger, 100, 100)
     good = {"from": first, "to": second, "amount": 1, "memo": ""}
     for value in values:
         code, body = await ask("POST", "/transfers", {**good, field: value})
         assert code == 400, value
         assert field in body["error"] or "unknown field" in body["error"]
-    assert (balances(db), rows(db)) == ([100, 100], (2, 0))
+    assert (balances(ledger), rows(ledger)) == ([100, 100], (2, 0))
 
 
 @pytest.mark.gen_test
-async def test_concurrent_transfers_conserve_money(db: Database, ask: Any) -> None:
+async def test_concurrent_transfers_conserve_money(ledger: Database, ask: Any) -> None:
     """In both directions at once, and more than the accounts can pay."""
-    first, second = open_accounts(db, 100, 100)
+    first, second = open_accounts(ledger, 100, 100)
     orders = [{"from": first, "to": second, "amount": 30}] * 25
     orders += [{"from": second, "to": first, "amount": 7}] * 25
     answers = await asyncio.gather(*(ask("POST", "/transfers", order) for order in orders))
     assert {code for code, _ in answers} == {201, 422}
-    assert sum(balances(db)) == 200
-    assert min(balances(db)) >= 0
-    assert rows(db) == (2, [code for code, _ in answers].count(201))
+    assert sum(balances(ledger)) == 200
+    assert min(balances(ledger)) >= 0
+    assert rows(ledger) == (2, [code for code, _ in answers].count(201))
 
 
-def test_a_transfer_needs_its_accounts(db: Database) -> None:
+@pytest.mark.gen_test
+async def test_a_transfer_needs_its_accounts(db: Database | AsyncDatabase) -> None:
     """The database checks as well, SQLite too."""
-    with pytest.raises(IntegrityError), db.begin() as session:
-        session.add(Transfer(from_id=1, to_id=2, amount=1, memo=""))
+    transfer = Transfer(from_id=1, to_id=2, amount=1, memo="")
+    with pytest.raises(IntegrityError):
+        if isinstance(db, AsyncDatabase):
+            async with db.begin() as async_session:
+                async_session.add(transfer)
+        else:
+            with db.begin() as session:
+                session.add(transfer)
 
 
 # -- errors and the page -------------------------------------------------------
@@ -308,19 +339,21 @@ async def test_a_verb_that_a_path_does_not_have_is_a_405(ask: Any) -> None:
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.gen_test
 async def test_an_error_of_ours_tells_no_details(
-    app: Application, db: Database, ask: Any, expected_log: list[str], debug: bool
+    app: Application, ledger: Database, ask: Any, expected_log: list[str], debug: bool
 ) -> None:
     app.settings["serve_traceback"] = debug
-    Base.metadata.drop_all(db.engine)
+    Base.metadata.drop_all(ledger.engine)
     expected_log.append("Uncaught exception GET /accounts")
     assert await ask("GET", "/accounts") == (500, {"error": "Internal Server Error"})
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("unreachable", [UNREACHABLE, UNREACHABLE_ASYNC])
 @pytest.mark.gen_test
 async def test_an_unreachable_database_is_a_503(
-    app: Application, http_client: Any, base_url: str, expected_log: list[str]
+    app: Application, http_client: Any, base_url: str, expected_log: list[str], unreachable: str
 ) -> None:
-    app.settings["db"] = open_database(UNREACHABLE)
+    app.settings["db"] = open_database(unreachable)
     expected_log.append("GET /accounts: 503 Service Unavailable")
     response = await http_client.fetch(base_url + "/accounts", raise_error=False)
     assert response.code == 503
@@ -330,9 +363,9 @@ async def test_an_unreachable_database_is_a_503(
 
 @pytest.mark.gen_test
 async def test_the_page_shows_accounts_and_transfers(
-    db: Database, http_client: Any, base_url: str
+    ledger: Database, http_client: Any, base_url: str
 ) -> None:
-    with db.begin() as session:
+    with ledger.begin() as session:
         ada = Account(owner="<script>Ada", currency="EUR", balance=123456)
         bob = Account(owner="Bob", currency="EUR", balance=0)
         session.add(Transfer(source=ada, target=bob, amount=5, memo="<b>&"))
@@ -362,6 +395,20 @@ async def test_the_page_of_an_empty_ledger(
 )
 def test_money_for_people(amount: int, currency: str, shown: str) -> None:
     assert money(amount, currency) == shown
+
+
+@pytest.mark.parametrize(
+    ("driver", "kind"),
+    [
+        ("sqlite", Database),
+        ("sqlite+aiosqlite", AsyncDatabase),
+        ("postgresql+psycopg", Database),  # which SQLAlchemy also has an async variant of
+        ("postgresql+psycopg_async", AsyncDatabase),
+        ("postgresql+asyncpg", AsyncDatabase),
+    ],
+)
+def test_the_driver_decides_on_the_kind_of_database(driver: str, kind: type) -> None:
+    assert type(open_database(f"{driver}:///ledger")) is kind
 
 
 # -- the end of the server -----------------------------------------------------
@@ -498,29 +545,37 @@ def refused(folder: Path, *arguments: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server(tmp_path: Path, signum: int) -> None:
-    with serving(tmp_path) as server:
+@pytest.mark.parametrize(
+    ("driver", "signum"),
+    [
+        ("sqlite", signal.SIGTERM),
+        ("sqlite", signal.SIGINT),
+        ("sqlite+aiosqlite", signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_the_server(tmp_path: Path, driver: str, signum: int) -> None:
+    with serving(tmp_path, "--database-url", f"{driver}:///ledger.db") as server:
         assert server.post("/accounts", {"owner": "Ada", "currency": "EUR"}) == 201
         assert server.end(signum) == 0
     assert (tmp_path / "ledger.db").exists()
 
 
 def test_the_ledger_is_there_again_after_a_restart(tmp_path: Path) -> None:
-    for expected in (1, 2):
-        with serving(tmp_path) as server:
+    """Whichever driver comes next."""
+    for expected, driver in (1, "sqlite+aiosqlite"), (2, "sqlite"):
+        with serving(tmp_path, "--database-url", f"{driver}:///ledger.db") as server:
             server.post("/accounts", {"owner": "Ada", "currency": "EUR"})
             with urllib.request.urlopen(server.url + "/accounts") as response:
                 assert len(json.load(response)["accounts"]) == expected
             assert server.end() == 0
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_the_server_runs_on_postgresql(tmp_path: Path, db: Database, database_url: str) -> None:
+@pytest.mark.parametrize("database_url", ["psycopg", "asyncpg"], indirect=True)
+def test_the_server_runs_on_postgresql(tmp_path: Path, ledger: Database, database_url: str) -> None:
     with serving(tmp_path, "--database-url", database_url) as server:
         assert server.post("/accounts", {"owner": "Ada", "currency": "EUR"}) == 201
         assert server.end() == 0
-    assert rows(db) == (1, 0)
+    assert rows(ledger) == (1, 0)
     assert not (tmp_path / "ledger.db").exists()
 
 
@@ -560,14 +615,18 @@ def test_a_request_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
 
 
 @contextmanager
-def transfer_that_waits(db: Database, server: Server, ids: list[int]) -> Iterator[Future[int]]:
+def transfer_that_waits(ledger: Database, server: Server, ids: list[int]) -> Iterator[Future[int]]:
     """Keep a transfer of 1, from the second account to the first, waiting for the first."""
     waiting = text(
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE wait_event_type = 'Lock' AND datname = current_database()"
     )
     order = {"from": ids[1], "to": ids[0], "amount": 1}
-    with ThreadPoolExecutor() as pool, db.scope() as session, db.engine.connect() as connection:
+    with (
+        ThreadPoolExecutor() as pool,
+        ledger.scope() as session,
+        ledger.engine.connect() as connection,
+    ):
         session.get(Account, ids[0], with_for_update=True)
         answer = pool.submit(server.post, "/transfers", order)
         while not (connection.scalar(waiting) or answer.done()):
@@ -577,27 +636,41 @@ def transfer_that_waits(db: Database, server: Server, ids: list[int]) -> Iterato
         answer.result()
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("database_url", ["psycopg", "asyncpg"], indirect=True)
 def test_a_transfer_that_waits_for_a_lock_is_answered_before_the_end(
-    tmp_path: Path, db: Database, database_url: str
+    tmp_path: Path, ledger: Database, database_url: str
 ) -> None:
-    ids = open_accounts(db, 0, 100)
+    ids = open_accounts(ledger, 0, 100)
     with serving(tmp_path, "--database-url", database_url) as server:
-        with transfer_that_waits(db, server, ids) as answer:
+        with transfer_that_waits(ledger, server, ids) as answer:
             server.process.send_signal(signal.SIGTERM)
         assert answer.result() == 201
         assert server.process.wait(timeout=8) == 0
-    assert balances(db) == [1, 99]
+    assert balances(ledger) == [1, 99]
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("database_url", ["asyncpg"], indirect=True)
+def test_over_an_async_driver_a_transfer_that_waits_holds_up_nobody(
+    tmp_path: Path, ledger: Database, database_url: str
+) -> None:
+    ids = open_accounts(ledger, 0, 100)
+    with serving(tmp_path, "--database-url", database_url) as server:
+        with transfer_that_waits(ledger, server, ids) as answer:
+            with urllib.request.urlopen(server.url + "/accounts", timeout=8) as response:
+                assert len(json.load(response)["accounts"]) == 2
+            assert not answer.done()
+        assert answer.result() == 201
+        assert server.end() == 0
+
+
+@pytest.mark.parametrize("database_url", ["psycopg"], indirect=True)
 def test_accounts_are_locked_in_the_order_of_their_ids(
-    tmp_path: Path, db: Database, database_url: str
+    tmp_path: Path, ledger: Database, database_url: str
 ) -> None:
     """Or two transfers in opposite directions could each hold what the other waits for."""
-    ids = open_accounts(db, 0, 100)
+    ids = open_accounts(ledger, 0, 100)
     with serving(tmp_path, "--database-url", database_url) as server:
-        with transfer_that_waits(db, server, ids) as answer, db.scope() as session:
+        with transfer_that_waits(ledger, server, ids) as answer, ledger.scope() as session:
             session.get(Account, ids[1], with_for_update={"nowait": True})
             session.rollback()
         assert answer.result() == 201
@@ -614,10 +687,10 @@ def wait_until_refused(port: int) -> None:
 
 
 def test_servers_that_share_a_database_conserve_money(
-    tmp_path: Path, db: Database, database_url: str
+    tmp_path: Path, ledger: Database, database_url: str
 ) -> None:
     """Each of three processes moves money both ways, between the same two accounts."""
-    first, second = open_accounts(db, 100, 100)
+    first, second = open_accounts(ledger, 100, 100)
     orders = [{"from": first, "to": second, "amount": 30}] * 25
     orders += [{"from": second, "to": first, "amount": 7}] * 25
     arguments = ("--database-url", database_url)
@@ -631,8 +704,8 @@ def test_servers_that_share_a_database_conserve_money(
         codes = list(pool.map(lambda s, o: s.post("/transfers", o), servers, orders))
         assert [server.end() for server in (one, two, three)] == [0, 0, 0]
     assert set(codes) == {201, 422}
-    assert (sum(balances(db)), min(balances(db)) >= 0) == (200, True)
-    assert rows(db) == (2, codes.count(201))
+    assert (sum(balances(ledger)), min(balances(ledger)) >= 0) == (200, True)
+    assert rows(ledger) == (2, codes.count(201))
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
@@ -653,28 +726,38 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         ("nonsense hunter2", "cannot be parsed"),
         ("", "cannot be parsed"),
         ("nosuch://u:hunter2@h/x", "knows no driver"),
-        ("sqlite+aiosqlite:///ledger.db", "needs a sync driver"),
-        ("postgresql+asyncpg://u:hunter2@h/x", "needs a sync driver"),
+        (UNREACHABLE_ASYNC, "Connect call failed"),
+        ("postgresql+asyncpg://127.0.0.1:9/x?sslmode=require", "sslmode"),
+        ("postgresql+asyncpg://u:hunter2@h:hunter2/x", "cannot be parsed"),
     ],
 )
 def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path, url: str, said: str) -> None:
     assert said in refused(tmp_path, "--database-url", url)
 
 
-def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", ["sqlite", "sqlite+aiosqlite"])
+def test_a_file_that_is_no_database_is_one_line(tmp_path: Path, driver: str) -> None:
     (tmp_path / "ledger.db").write_text("something else, which must not be overwritten" * 100)
-    assert "not a database" in refused(tmp_path)
+    assert "not a database" in refused(tmp_path, "--database-url", f"{driver}:///ledger.db")
 
 
 def test_a_database_that_can_only_be_read_is_one_line(
-    tmp_path: Path, db: Database, database_url: str
+    tmp_path: Path, ledger: Database, database_url: str
 ) -> None:
-    if db.engine.dialect.name == "sqlite":
-        url = f"sqlite:///file:{tmp_path}/ledger.db?mode=ro&uri=true"
-        assert "readonly database" in refused(tmp_path, "--database-url", url)
-    else:
-        url = database_url + "?options=-c%20default_transaction_read_only%3Don"
-        assert "read-only transaction" in refused(tmp_path, "--database-url", url)
+    if "sqlite" in database_url:
+        url = make_url(database_url).set(database=f"file:{tmp_path}/ledger.db")
+        read_only = url.set(query={"mode": "ro", "uri": "true"}).render_as_string()
+        assert "readonly database" in refused(tmp_path, "--database-url", read_only)
+        return
+    # The connections that are open already do not notice.
+    name = make_url(database_url).database
+    with ledger.begin() as session:
+        session.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    try:
+        assert "read-only transaction" in refused(tmp_path, "--database-url", database_url)
+    finally:
+        with ledger.begin() as session:
+            session.execute(text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
 
 
 @pytest.mark.parametrize("port", ["x", "-1", "65536", "1.5", ""])

@@ -124,7 +124,7 @@ async def test_exhausted_pool(flavour: Flavour, serve: Any, expected_log: list[s
         async def get(self) -> None:
             await self.session.execute(select(1))
 
-    expected_log.append("GET /: 503 Service Unavailable: TimeoutError: QueuePool limit")
+    expected_log.append("GET /: 503 Service Unavailable: TimeoutError: AsyncFairPool limit")
     fetch = serve(Handler)
     async with db.scope() as session:
         await session.execute(select(1))

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from tornado import gen
 from tornado.web import ErrorHandler, Finish, HTTPError
 
-from tests.support import CANCELLED_LOG, Flavour, Note, Reply, only, settle, until
+from tests.support import CANCELLED_LOG, Flavour, Note, Reply, only, proxy, settle, until
 from tornado_sa import ScopeClosed, current_scope
 
 
@@ -81,11 +81,11 @@ async def test_failed_commit_leaves_a_clean_connection(
 @pytest.mark.gen_test
 async def test_helpers_share_the_session_and_see_flushed_rows(flavour: Flavour, serve: Any) -> None:
     async def deep_down() -> list[str]:
-        return list((await settle(flavour.db.session.scalars(select(Note.text)))).all())
+        return list((await settle(flavour.session.scalars(select(Note.text)))).all())
 
     class Handler(flavour.Handler):
         async def get(self) -> None:
-            assert flavour.db.session() is self.session
+            assert flavour.session() is self.session
             assert flavour.db.status().open_scopes == [current_scope()]
             self.session.add(Note(text="flushed"))
             await settle(self.session.flush())
@@ -104,7 +104,7 @@ async def test_concurrent_requests_never_share(flavour: Flavour, serve: Any) -> 
         async def get(self) -> None:
             mine = self.session
             await together.wait()
-            assert flavour.db.session() is mine is self.session
+            assert flavour.session() is mine is self.session
             seen.append(id(mine))
 
     fetch = serve(Handler)
@@ -115,21 +115,21 @@ async def test_concurrent_requests_never_share(flavour: Flavour, serve: Any) -> 
 def plain_prepare(handler: Any, call_super: bool) -> None:
     if call_super:
         super(handler.Handler, handler).prepare()
-    handler.found.append(handler.db.session())
+    handler.found.append(proxy(handler)())
 
 
 async def async_prepare(handler: Any, call_super: bool) -> None:
     if call_super:
         await super(handler.Handler, handler).prepare()
     await asyncio.sleep(0)
-    handler.found.append(handler.db.session())
+    handler.found.append(proxy(handler)())
 
 
 async def async_prepare_not_awaiting(handler: Any, call_super: bool) -> None:
     await asyncio.sleep(0)
     if call_super:
         super(handler.Handler, handler).prepare()
-    handler.found.append(handler.db.session())
+    handler.found.append(proxy(handler)())
 
 
 @gen.coroutine
@@ -137,7 +137,7 @@ def generator_prepare(handler: Any, call_super: bool) -> Any:
     if call_super:
         yield super(handler.Handler, handler).prepare()
     yield gen.moment
-    handler.found.append(handler.db.session())
+    handler.found.append(proxy(handler)())
 
 
 def returning_prepare(handler: Any, call_super: bool) -> Any:
@@ -154,18 +154,18 @@ PREPARES = [
 
 
 def plain_verb(handler: Any) -> None:
-    handler.found.append(handler.db.session())
+    handler.found.append(proxy(handler)())
 
 
 async def async_verb(handler: Any) -> None:
     await asyncio.sleep(0)
-    handler.found.append(handler.db.session())
+    handler.found.append(proxy(handler)())
 
 
 @gen.coroutine
 def generator_verb(handler: Any) -> Any:
     yield gen.moment
-    handler.found.append(handler.db.session())
+    handler.found.append(proxy(handler)())
 
 
 @pytest.mark.parametrize("calls_super", [True, False])
@@ -181,7 +181,7 @@ async def test_every_kind_of_prepare_and_verb(
     finished: list[bool] = []
 
     def on_finish(self: Any) -> None:  # never calls super()
-        found.append(self.db.session())
+        found.append(proxy(self)())
         finished.append(True)
 
     def one_argument(function: Any) -> Any:
@@ -247,7 +247,7 @@ async def test_work_after_an_early_finish(flavour: Flavour, serve: Any) -> None:
         async def get(self) -> None:
             await settle(self.session.execute(select(1)))
             self.finish("early")
-            for use in (lambda: self.session, flavour.db.session):
+            for use in (lambda: self.session, flavour.session):
                 with pytest.raises(ScopeClosed, match=r"GET /early.*db\.scope") as caught:
                     use()
                 errors.append(caught.value)
@@ -304,7 +304,7 @@ async def test_finish_called_from_elsewhere(
             else:
                 asyncio.get_running_loop().call_soon(finish)
                 await asyncio.sleep(0.01)
-            assert flavour.db.session() is mine is self.session
+            assert flavour.session() is mine is self.session
             await settle(mine.execute(select(1)))
             with pytest.raises(ScopeClosed):
                 _ = other.session
@@ -433,10 +433,10 @@ async def test_db_session_before_prepare_and_without_it(
 ) -> None:
     class Handler(flavour.Handler):
         def get_current_user(self) -> Any:
-            return type(flavour.db.session()).__name__
+            return type(flavour.session()).__name__
 
         def write_error(self, status_code: int, **kwargs: Any) -> None:
-            assert flavour.db.session() is self.session
+            assert flavour.session() is self.session
             self.finish(f"{status_code} {self.current_user}")
 
     fetch = serve(Handler)
@@ -477,7 +477,7 @@ async def test_handler_of_tornado_before_ours(flavour: Flavour, serve: Any, app:
 
     class Handler(ErrorHandler, flavour.Handler):
         def write_error(self, status_code: int, **kwargs: Any) -> None:
-            assert flavour.db.session() is self.session
+            assert flavour.session() is self.session
             self.finish("mine")
 
     app.add_handlers(r".*", [("/gone", Handler, {"status_code": 410})])

@@ -10,15 +10,15 @@ from sqlalchemy import func, select
 from tornado import gen
 from tornado.web import stream_request_body
 
-from tests.support import Flavour, Note, RawClient, settle, until
+from tests.support import Flavour, Note, RawClient, proxy, settle, until
 from tornado_sa import ScopeClosed
 
 UPLOAD = "POST /upload HTTP/1.1\nHost: x\nContent-Length: 300000"
 
 
 async def coroutine_received(handler: Any, chunk: bytes) -> None:
-    await settle(handler.db.session.execute(select(1)))
-    handler.sessions.append(handler.db.session())
+    await settle(proxy(handler).execute(select(1)))
+    handler.sessions.append(proxy(handler)())
 
 
 def returned_received(handler: Any, chunk: bytes) -> Any:
@@ -28,11 +28,11 @@ def returned_received(handler: Any, chunk: bytes) -> Any:
 @gen.coroutine
 def generator_received(handler: Any, chunk: bytes) -> Any:
     yield gen.moment
-    handler.sessions.append(handler.db.session())
+    handler.sessions.append(proxy(handler)())
 
 
 def plain_received(handler: Any, chunk: bytes) -> None:
-    handler.sessions.append(handler.db.session())
+    handler.sessions.append(proxy(handler)())
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ async def test_one_session_for_the_whole_upload(
         data_received = received
 
         def prepare(self) -> None:
-            self.sessions = [self.db.session()]
+            self.sessions = [proxy(self)()]
 
         async def post(self) -> None:
-            self.sessions += [self.session, self.db.session()]
+            self.sessions += [self.session, proxy(self)()]
             self.write(f"{len(set(map(id, self.sessions)))} {len(self.sessions) > 6}")
 
     fetch = serve(stream_request_body(Handler))
@@ -104,7 +104,7 @@ async def test_upload_whose_client_vanishes(
     if override != "none":
 
         def on_connection_close(self: Any) -> None:
-            assert self.db.session() is self.session
+            assert proxy(self)() is self.session
             if override == "calls super":
                 super(Handler, self).on_connection_close()
 

@@ -39,18 +39,18 @@ async def test_what_inherits_the_scope_and_what_does_not(flavour: Flavour, serve
 
     async def child() -> Any:
         await asyncio.sleep(0)
-        return flavour.db.session()
+        return flavour.session()
 
     def in_executor() -> str:
         with pytest.raises(NoActiveScope, match="run_in_executor"):
-            flavour.db.session()
+            flavour.session()
         return "no scope"
 
     class Handler(flavour.Handler):
         async def get(self) -> None:
             assert list(await asyncio.gather(child(), child())) == [self.session, self.session]
             assert await asyncio.create_task(child()) is self.session
-            assert await asyncio.to_thread(flavour.db.session) is self.session
+            assert await asyncio.to_thread(flavour.session) is self.session
             both: Any = await gen.multi([child(), child()])
             assert both == [self.session, self.session]
             assert await IOLoop.current().run_in_executor(None, in_executor) == "no scope"
@@ -66,7 +66,7 @@ async def test_task_that_outlives_its_request(flavour: Flavour, serve: Any, how:
     async def background() -> None:
         await until(lambda: not flavour.db.status().open_scopes)
         with pytest.raises(ScopeClosed, match="GET /task"):
-            flavour.db.session()
+            flavour.session()
         outcome.append(await flavour.in_scope(lambda session: session.scalar(select(1))))
 
     def start() -> None:

@@ -20,6 +20,18 @@ EXCEPTIONS = {
     ".test_websocket_upgrade_header_not_checked",
 }
 
+# In mode "bridged":
+BRIDGED_EXCEPTIONS = (
+    # cancels what is left in a loop of its own: aiosqlite, which closes by way of the loop
+    "tornado.test.circlerefs_test.",
+    # cancels every task, and an event under the bridge is one, also where it is a @gen.coroutine
+    "tornado.test.websocket_test.WebSocketTest.test_websocket_close_buffered_data",
+)
+
+
+def is_exception(name: str, mode: str) -> bool:
+    return name in EXCEPTIONS or (mode == "bridged" and name.startswith(BRIDGED_EXCEPTIONS))
+
 
 @cache
 def run(mode: str) -> Any:
@@ -35,13 +47,14 @@ def run(mode: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode", ["above", "below"])
+@pytest.mark.parametrize("mode", ["above", "below", "bridged"])
 def test_with_the_mixin_in_every_handler(mode: str) -> None:
     bare, ours = run("none"), run(mode)
     assert ours["run"] == bare["run"] > 500
-    assert {name: trace for name, trace in ours["failed"].items() if name not in EXCEPTIONS} == {
-        name: ours["failed"].get(name) for name in bare["failed"]
+    unexpected = {
+        name: trace for name, trace in ours["failed"].items() if not is_exception(name, mode)
     }
+    assert unexpected == {name: ours["failed"].get(name) for name in bare["failed"]}
     assert ours["log"] == bare["log"]
-    assert ours["checked_out"] == 0
+    assert ours["checked_out"] == (None if mode == "bridged" else 0)  # None: it keeps none
     assert ours["open_scopes"] == []

@@ -14,6 +14,7 @@ from tornado.netutil import bind_sockets
 
 from example_app.app import create_schema, make_app, open_database
 from example_app.server import DrainingServer
+from tornado_sa import AsyncDatabase
 
 ADDRESS = "127.0.0.1"
 
@@ -56,7 +57,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--database-url",
         default="sqlite:///ledger.db",
         metavar="URL",
-        help="the database, as SQLAlchemy writes it (default: %(default)s, a file in this folder)",
+        help="the database, as SQLAlchemy writes it, with a sync or an async driver"
+        " (default: %(default)s, a file in this folder)",
     )
     parser.add_argument(
         "--debug", action="store_true", help="show templates as they change, and log everything"
@@ -82,7 +84,7 @@ async def serve(port: int, database_url: str, debug: bool) -> None:
         db = open_database(database_url)
     try:
         with starting(f"Cannot use {db!r}"):
-            create_schema(db)
+            await create_schema(db)
         server = DrainingServer(make_app(db, debug), max_body_size=MAX_BODY)
         with starting(f"Cannot listen on {ADDRESS}:{port}"):
             sockets = bind_sockets(port, ADDRESS)
@@ -92,7 +94,10 @@ async def serve(port: int, database_url: str, debug: bool) -> None:
         await ending.wait()
         await server.drain(GRACE)
     finally:
-        db.dispose()
+        if isinstance(db, AsyncDatabase):
+            await db.dispose()
+        else:
+            db.dispose()
 
 
 @contextmanager

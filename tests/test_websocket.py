@@ -647,8 +647,9 @@ async def test_exception_in_an_event(
     class Wrapped(Handler):  # so that the events are wrapped
         pass
 
-    is_lowest = tornado.version_info < (6, 6)
-    if event == "open" or not is_lowest:
+    # Tornado 6.5 leaves the socket open when a coroutine failed; we do not under the bridge.
+    stays_open = tornado.version_info < (6, 6) and event != "open" and flavour.name not in BRIDGED
+    if not stays_open:
         expected_log.append("Uncaught exception GET /feed")
     else:
         expected_log.append("Exception in callback")
@@ -657,7 +658,7 @@ async def test_exception_in_an_event(
         await client.write_message("")
     elif event == "on_ping":
         client.ping(b"")
-    if event == "open" or not is_lowest:  # Tornado 6.5 left the socket open
+    if not stays_open:
         assert await client.read_message() is None
     else:
         await asyncio.sleep(0.05)

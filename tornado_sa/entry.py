@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tornado.web import RequestHandler
 from tornado.websocket import WebSocketHandler
 
-from tornado_sa.events import EVENT_SCOPE, start, start_and_log
+from tornado_sa.events import EVENT_SCOPE, start, start_and_log, wait_or_abort
 from tornado_sa.wrappers import (
     Method,
     Wrappers,
@@ -78,8 +78,8 @@ def _is_framework(owner: type, cls: type) -> bool:
 def _entry_points(cls: type[BaseHandler]) -> Iterator[tuple[str, Callable[[Method], Wrappers]]]:
     if issubclass(cls, WebSocketHandler):
         yield "open", wrap_event("open")
-        yield "on_message", wrap_event("on_message")
-        yield "on_pong", wrap_event("on_pong")
+        yield "on_message", wrap_event("on_message", wait_or_abort)
+        yield "on_pong", wrap_event("on_pong", wait_or_abort)
         yield "on_ping", wrap_event("on_ping", start)
         yield "on_close", wrap_event("on_close", start_and_log)
         yield "log_exception", wrap_log_exception

@@ -14,7 +14,10 @@ import weakref
 from collections.abc import Awaitable, Coroutine
 from contextvars import ContextVar
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import tornado
+from tornado.websocket import WebSocketHandler
 
 from tornado_sa.async_database import AsyncDatabase
 from tornado_sa.bridge import step_aside
@@ -119,9 +122,30 @@ def wait_for_it(handler: RequestScope, event: Event, work: Awaitable[Any]) -> Aw
     return event.run(work)
 
 
+def wait_or_abort(handler: RequestScope, event: Event, work: Awaitable[Any]) -> Awaitable[Any]:
+    """For one whose failure closes the socket."""
+    rest = wait_for_it(handler, event, work)
+    return _abort_if_it_fails(handler, rest) if _LEAVES_OPEN and handler._sa_bridge else rest
+
+
+# Tornado 6.5 closes the socket after the failure of a `def` method, which under the bridge is a
+# coroutine. After that of a coroutine it leaves it open, and reads no more from it.
+_LEAVES_OPEN = tornado.version_info < (6, 6)
+
+
+async def _abort_if_it_fails(handler: RequestScope, work: Awaitable[Any]) -> Any:
+    try:
+        return await work
+    except Exception:
+        handler.log_exception(*sys.exc_info())
+        connection = cast(WebSocketHandler, handler).ws_connection
+        if connection is not None:
+            connection._abort()  # private, and what Tornado itself does then
+
+
 def start(handler: RequestScope, event: Event, work: Awaitable[Any]) -> Awaitable[Any]:
     """For one that it looks at, and does not wait for: a failure closes the socket."""
-    rest = wait_for_it(handler, event, work)
+    rest = wait_or_abort(handler, event, work)
     return _start(handler, event, rest) if isinstance(rest, CoroutineType) else rest
 
 

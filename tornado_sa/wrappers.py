@@ -12,7 +12,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from tornado_sa.bridge import complete, cross, is_bridged
-from tornado_sa.events import Event, wait_for_it
+from tornado_sa.events import Event, wait_for_it, wait_or_abort
 from tornado_sa.scope import Scope, current, enter, leave
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def wrap_event(
             result = plain(self, *args, **kwargs)
             return result if result is None else await result
 
-        return plain, awaiting if hand_over is wait_for_it else plain
+        return plain, awaiting if hand_over in (wait_for_it, wait_or_abort) else plain
 
     return wrap
 

@@ -13,6 +13,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import os
 import sys
 import tempfile
 import unittest
@@ -135,6 +136,10 @@ def main(mode):
         "open_scopes": [scope.label for scope in status.open_scopes],
     }
     sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.flush()
+    # Not by returning: where a test has cancelled the closing of an aiosqlite connection, its
+    # thread waits for ever, and Python for it.
+    os._exit(0)
 
 
 if __name__ == "__main__":

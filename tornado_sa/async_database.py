@@ -122,10 +122,10 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         return await cross(function, session, *args, **kwargs)
 
     def _end(self, scope: Scope, session: AsyncSession) -> Task[None] | None:
-        if not session.in_transaction():  # then closing takes no I/O, so no task
-            session.sync_session.close()
-            return None
         plain = cast(BridgedSession, session.sync_session)
+        if not plain.in_transaction():  # then closing takes no I/O, so no task
+            plain.close()
+            return None
         # At the end of a bridged verb a task would cost more. Not within one: finish() must not let
         # go of the loop, or Tornado reads on where the verb is about to detach() the stream.
         if is_bridged() and not (scope.entered or plain.users or plain.committing):
@@ -134,7 +134,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         try:
             asyncio.get_running_loop()
         except RuntimeError:  # the loop is gone, or this is not its thread: drop the connection
-            session.sync_session.invalidate()
+            plain.invalidate()
             return None
         return self._track(self._close(scope, session), f"close {scope.label}")
 
@@ -167,13 +167,9 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     def _track(self, work: Coroutine[Any, Any, None], name: str) -> Task[None]:
         """Run ``work`` in a task that is kept until it is done, and that `dispose` waits for."""
         task = asyncio.get_running_loop().create_task(work, name=name)
-        self._keep(task)
-        return task
-
-    def _keep(self, task: Task[Any]) -> None:
-        """Keep ``task`` until it is done, and have `dispose` wait for it."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def ping(self, timeout: float = 5.0) -> Literal[True]:
         """Return True when the database answers within ``timeout`` seconds.

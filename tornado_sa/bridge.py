@@ -36,6 +36,9 @@ T = TypeVar("T")
 # What a greenlet says to the one that carries it on: it has come to its end.
 _DONE = object()
 
+# With these, a task can take its first step inside the greenlet of another one.
+_EAGER_TASKS = sys.version_info >= (3, 12)
+
 # How many greenlets are kept for the next to cross, in each thread.
 _KEPT = 100
 
@@ -52,8 +55,8 @@ class _Carrier(greenlet):
 
     def __init__(self) -> None:
         super().__init__()
-        #: The task that crosses.
-        self.task: object | None = None
+        #: The task that crosses; None where nobody would wait for it any more.
+        self.task: Task[Any] | None = None
         #: How many times it has crossed.
         self.journeys = 0
         self.load: tuple[Callable[..., Any], Any, Any] | None = None
@@ -146,15 +149,11 @@ def complete(awaitable: Awaitable[T]) -> T:
         except GeneratorExit:
             # The task is being thrown away. What its coroutine does now, it does without I/O,
             # for nobody would wait for that.
-            cast(_Carrier, getcurrent()).task = _Nobody
+            cast(_Carrier, getcurrent()).task = None
             awaitable.close()
             raise
         except BaseException as caught:
             error = caught
-
-
-class _Nobody:
-    """Stands for the task of a greenlet that must not wait any more."""
 
 
 @coroutine
@@ -172,17 +171,22 @@ def _task_that_may_wait(here: greenlet) -> Task[Any] | None:
     """The current task, if ``here`` is under its bridge."""
     if not getattr(here, "__sqlalchemy_greenlet_provider__", False):  # SQLAlchemy's own mark
         return None
-    task, current_task = _task_of(here), asyncio.current_task()
-    return current_task if task is None or task is current_task else None
+    if type(here) is _Carrier and not _EAGER_TASKS:  # what it carries runs, so its task does
+        return here.task
+    current_task = asyncio.current_task()
+    return current_task if _task_of(here, current_task) is current_task else None
 
 
-def _task_of(here: greenlet | None) -> object | None:
-    """The task for which ``here``, or the greenlet it is nested in, crossed the bridge."""
+def _task_of(here: greenlet | None, otherwise: Task[Any] | None) -> Task[Any] | None:
+    """The task for which ``here``, or the greenlet it is nested in, crossed the bridge.
+
+    ``otherwise``, if none of them crossed it.
+    """
     while here is not None:
         if isinstance(here, _Carrier):
             return here.task
         here = here.parent
-    return None
+    return otherwise
 
 
 async def step_aside() -> None:
@@ -192,7 +196,8 @@ async def step_aside() -> None:
     created, and so in its creator's greenlet. One that is started in there would go on returning
     to it.
     """
-    if _task_of(getcurrent()) not in (None, asyncio.current_task()):
+    task = asyncio.current_task()
+    if _task_of(getcurrent(), task) is not task:
         await asyncio.sleep(0)
 
 
@@ -243,15 +248,18 @@ class BridgedSession(Session):
         return not here.dead and getattr(here, "journeys", 0) == journey
 
     def close(self) -> None:
-        here = getcurrent()
-        inside = here in self.users or not self.in_transaction() or is_ending()
-        if not inside:
-            self._enter(here)
+        here = None
+        if not is_ending() and self.in_transaction():
+            here = getcurrent()
+            if here in self.users:
+                here = None
+            else:
+                self._enter(here)
         try:
             super().close()
         finally:
             self._is_dead = self._dies
-            if not inside:
+            if here is not None:
                 self.users.pop(here, None)
 
     def invalidate(self) -> None:
@@ -289,18 +297,17 @@ def _commit_ended(session: BridgedSession) -> None:
     session.committer = None
 
 
-# All that does I/O. What is not here, such as a Query or a lazy load, uses what is.
+# All that does I/O. What is not here, such as get(), a Query or a lazy load, uses what is.
 _METHODS = (
-    "bulk_insert_mappings bulk_save_objects bulk_update_mappings commit connection delete"
-    " delete_all execute flush get get_one merge merge_all prepare refresh rollback scalar scalars"
+    "bulk_insert_mappings bulk_save_objects bulk_update_mappings commit connection execute flush"
+    " prepare rollback scalar scalars"
 ).split()
 
 
 def bridged_class(base: type[Session], debug: bool) -> type[BridgedSession]:
     """A class like ``base`` whose sessions know where they are used."""
     bases = (BridgedSession,) if base is Session else (BridgedSession, base)
-    # SQLAlchemy 2.0 has no delete_all and merge_all.
-    methods = {name: _track(getattr(base, name)) for name in _METHODS if hasattr(base, name)}
+    methods = {name: _track(getattr(base, name)) for name in _METHODS}
     return type(base.__name__, bases, {"_debug": debug, **methods})
 
 

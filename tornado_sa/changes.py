@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine, TextClause, event
@@ -11,9 +12,10 @@ from sqlalchemy.engine import Compiled, ExecutionContext
 from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-# Where a session's `_Work` is found in its info, and who began a transaction in the connection's.
+# Where a session's `_Work` is found in its info.
 _WORK = "tornado_sa.work"
-_BEGUN_BY = "tornado_sa.begun_by"
+# Set on a connection: who began its transaction. Its `info` takes four calls to get at.
+_BEGUN_BY = "_tornado_sa_begun_by"
 # The root transaction and its connections, in the info of a session.
 _CONNECTIONS = "tornado_sa.connections"
 # Set on the execution contexts that tell what they write.
@@ -135,8 +137,8 @@ def _notice(context: ExecutionContext) -> None:
     verb = _writes(context.statement)
     if verb is not None:
         connection = context.root_connection
-        session, transaction = (ref() for ref in connection.info.get(_BEGUN_BY, _NOBODY))
-        if transaction is None or session.get_transaction() is not transaction:
+        session, transaction = (ref() for ref in getattr(connection, _BEGUN_BY, _NOBODY))
+        if transaction is None or session is None or session.get_transaction() is not transaction:
             return  # that of another user of the connection, before this one
         if _is_stored(connection):
             return
@@ -146,7 +148,7 @@ def _notice(context: ExecutionContext) -> None:
         work.statements[_in_words(verb, context.compiled)] = None
 
 
-_NOBODY = (lambda: None, lambda: None)
+_NOBODY: tuple[Callable[[], Any], Callable[[], Any]] = (lambda: None, lambda: None)
 
 
 def _work_of(session: Session) -> _Work | None:
@@ -194,8 +196,7 @@ def _began(session: Session, _transaction: SessionTransaction, connection: Conne
         connections = (weakref.ref(root), cast("list[Connection]", []))
         session.info[_CONNECTIONS] = connections
     connections[1].append(connection)
-    # Weakly: the connection outlives both, and its info is read by the next user.
-    connection.info[_BEGUN_BY] = (weakref.ref(session), connections[0])
+    setattr(connection, _BEGUN_BY, (weakref.ref(session), connections[0]))
 
 
 def _flush_begins(session: Session, *_flush: Any) -> None:

@@ -68,7 +68,7 @@ class FairPoolCore(Pool):
             if self._idle and not self._line:
                 _, since = self._idle[-1 if self._lifo else 0]
                 if not self._was_idle(since):
-                    return cast("ConnectionPoolEntry", self._take_idle()[0])
+                    return self._take_idle()[0]  # type: ignore[return-value]  # None: to be made
         turn = self._take_turn()
         try:
             self._line[turn] = None

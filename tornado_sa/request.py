@@ -127,7 +127,7 @@ class RequestScope(_Handler):
         self, database: AsyncDatabase, finish: Callable[..., Any], *args: Any
     ) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        task = asyncio.current_task()
+        task = self._sa_task or asyncio.current_task()
         assert task is not None  # the bridge is crossed in tasks only
         database._tasks.add(task)  # for dispose(), as the task of a closing is
         try:

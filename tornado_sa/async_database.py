@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from asyncio import Task
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from inspect import isawaitable
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 from sqlalchemy import URL, select
@@ -18,12 +20,13 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from tornado_sa.after_commit import LaterCall
 from tornado_sa.blocks import AsyncBlock
-from tornado_sa.bridge import BridgedSession, bridged_class, cross, is_bridged, step_aside
+from tornado_sa.bridge import BridgedSession, bridged_class, complete, cross, is_bridged, step_aside
 from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
-from tornado_sa.ending import log_failed_closing, logger, roll_back_and_close
+from tornado_sa.ending import log_failed_call, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import async_engine
-from tornado_sa.scope import Scope, current_scope
+from tornado_sa.scope import Scope, current, current_scope
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,6 +80,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
             self.engine.sync_engine,
             options["sync_session_class"],
             hold_warning,
+            debug,
         )
         #: The current scope's session, usable from anywhere below the scope.
         self.session: async_scoped_session[AsyncSession] = async_scoped_session(
@@ -87,7 +91,6 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         #: the bridge.
         self.sync_session: scoped_session[Session] = scoped_session(sessionmaker(), current_scope)
         self.sync_session.registry = ScopeRegistry(self, self.plain_session_in)
-        self._tasks: set[Task[Any]] = set()
 
     def scope(self, label: str | None = None) -> AsyncBlock:
         """Open a new scope: a unit of work with its own session, rolled back at its end.
@@ -164,12 +167,19 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
                 log_failed_closing(scope, error)
                 return
 
-    def _track(self, work: Coroutine[Any, Any, None], name: str) -> Task[None]:
-        """Run ``work`` in a task that is kept until it is done, and that `dispose` waits for."""
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _call_back(self, scope: Scope, calls: list[LaterCall]) -> None:
+        context = copy_context()
+        context.run(current.set, None)
+        work = self._make_calls(scope.full_label, calls)
+        self._track(work, f"after_commit of {scope.label}", context)
+
+    async def _make_calls(self, label: str, calls: list[LaterCall]) -> None:
+        await step_aside()
+        for call in calls:
+            try:
+                await cross(_make_call, call)
+            except Exception:
+                log_failed_call(label, call)
 
     async def ping(self, timeout: float = 5.0) -> Literal[True]:
         """Return True when the database answers within ``timeout`` seconds.
@@ -198,9 +208,11 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         self._abandon()
         await self.engine.dispose()
 
-    def _after_fork(self) -> None:
-        super()._after_fork()
-        self._tasks = set()
+
+def _make_call(call: LaterCall) -> None:
+    result = call()
+    if isawaitable(result):
+        complete(result)
 
 
 def _break_off(session: Session) -> None:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import weakref
 from asyncio import Task
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextvars import Context
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from tornado_sa.changes import watch_sessions, watch_writes
+from tornado_sa.after_commit import LaterCall, remember, take_due, watch_commits
+from tornado_sa.changes import uncommitted, watch_sessions, watch_writes
 from tornado_sa.ending import discard_connection, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import shown
 from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed, TornadoSAError
 from tornado_sa.holds import warn_of_long_holds
-from tornado_sa.responses import mark_unreachable
+from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
 
+P = ParamSpec("P")
 SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
 
 # Defaults that differ from SQLAlchemy's. A closed session raises instead of silently
@@ -62,15 +66,20 @@ class DatabaseCore(Generic[SessionT]):
         engine: Engine,
         plain_class: type[Session] | sessionmaker[Any],
         hold_warning: float | None,
+        debug: bool,
     ) -> None:
+        #: True if a response that leaves work uncommitted is an error.
+        self.debug: bool = debug
         self._make_session = make_session
         self._sync_engine = engine
         self._open_scopes: set[Scope] = set()
         self._disposed_at = float("-inf")  # seconds of time.monotonic
         self._of_the_parent: list[SessionT] = []
+        self._tasks: set[Task[Any]] = set()
         event.listen(engine, "handle_error", discard_connection)
         watch_writes(engine)
         watch_sessions(plain_class)
+        watch_commits(plain_class)
         if hold_warning is not None:
             warn_of_long_holds(engine, hold_warning)
         try:
@@ -109,10 +118,66 @@ class DatabaseCore(Generic[SessionT]):
         """
         self._open_scopes.discard(scope)
         try:
+            if scope.calls_back:
+                self._call_back(scope, take_due(_plain(session)))
+        except Exception as error:
+            logger.error("%s: after_commit() failed: %s", scope.full_label, summary(error))
+        try:
             return self._end(scope, session)
         except Exception as error:
             log_failed_closing(scope, error)
             return None
+
+    def uncommitted(self, scope: Scope, session: SessionT) -> str | None:
+        """What would be lost if ``session`` were rolled back now, in words."""
+        return uncommitted(_plain(session))
+
+    def after_commit(
+        self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Call ``function(*args, **kwargs)`` once the work of the current scope is committed.
+
+        ``function`` is a plain function or a coroutine function. It is called
+        when the unit of work has ended: for a request, after the response was
+        handed to the socket. It is not called if the transaction, or the
+        savepoint it was asked for in, is rolled back. Several are called in
+        their order, and one that fails is logged and does not stop the others.
+
+        They run outside the scope, so for work with the database they open one
+        of their own, with ``db.begin()``. On an `.AsyncDatabase` they run in a
+        task, under the bridge, and ``await db.dispose()`` waits for them. On a
+        `.Database`, a plain function is called at once and a coroutine is a task.
+
+        Raises `.NoActiveScope` and `.ScopeClosed`.
+        """
+        self._call_after_commit(current_scope(), function, args, kwargs)
+
+    def _call_after_commit(
+        self, scope: Scope, function: Callable[..., object], args: Any, kwargs: Any
+    ) -> None:
+        session = self.plain_session_in(scope)
+        remember(session, LaterCall(session, function, args, kwargs))
+        scope.calls_back = True
+
+    def _call_back(self, scope: Scope, calls: list[LaterCall]) -> None:
+        """Make the calls that waited for a COMMIT. Never raises."""
+        raise NotImplementedError
+
+    def _track(
+        self, work: Coroutine[Any, Any, None], name: str, context: Context | None = None
+    ) -> Task[None]:
+        """Run ``work`` in a task that is kept until it is done, and that `dispose` knows of.
+
+        Raises ``RuntimeError`` where no loop runs.
+        """
+        try:
+            task = asyncio.get_running_loop().create_task(work, name=name, context=context)
+        except RuntimeError:
+            work.close()
+            raise
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _way_to_end(self, scope: Scope) -> Callable[[Session], None]:
         """How to end a session of ``scope``: by closing it, or with its connection.
@@ -161,6 +226,11 @@ class DatabaseCore(Generic[SessionT]):
                 self._of_the_parent.append(session)
                 scope.drop(self)
         self._open_scopes = set()
+        self._tasks = set()
+
+
+def _plain(session: Session | AsyncSession) -> Session:
+    return session.sync_session if isinstance(session, AsyncSession) else session
 
 
 class ScopeRegistry(ScopedRegistry[SessionT]):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import copy_context
 from functools import partial
-from inspect import iscoroutine
+from inspect import isawaitable, iscoroutine
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from sqlalchemy import URL, Engine, select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tornado_sa import workers
+from tornado_sa.after_commit import LaterCall
 from tornado_sa.blocks import Block, is_coroutine_function
 from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
-from tornado_sa.ending import logger
+from tornado_sa.ending import log_failed_call, logger
 from tornado_sa.engine import sync_engine
 from tornado_sa.errors import ConfigurationError
 from tornado_sa.memory import SharedPool
-from tornado_sa.scope import Scope, current_scope
+from tornado_sa.scope import Scope, current, current_scope
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,7 +78,7 @@ class Database(DatabaseCore[Session]):
             **{"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
         )
         self._workers = workers.Workers()
-        super().__init__(self.sessionmaker, self.engine, self.sessionmaker, hold_warning)
+        super().__init__(self.sessionmaker, self.engine, self.sessionmaker, hold_warning, debug)
         #: The current scope's session, usable from anywhere below the scope.
         self.session: scoped_session[Session] = scoped_session(self.sessionmaker, current_scope)
         self.session.registry = ScopeRegistry(self, self.session_in)
@@ -168,6 +169,28 @@ class Database(DatabaseCore[Session]):
             raise _must_be_awaited(fn)
         return cast(R, result)
 
+    def uncommitted(self, scope: Scope, session: Session) -> str | None:
+        # While a worker has the session, nobody else looks into it.
+        return None if scope in workers.lines else super().uncommitted(scope, session)
+
+    def _call_back(self, scope: Scope, calls: list[LaterCall]) -> None:
+        context = copy_context()
+        context.run(current.set, None)
+        for call in calls:
+            try:
+                result = context.run(call)
+                if isawaitable(result):
+                    work = self._await_call(scope.full_label, call, result)
+                    self._track(work, f"after_commit of {scope.label}", context)
+            except Exception:
+                log_failed_call(scope.full_label, call)
+
+    async def _await_call(self, label: str, call: LaterCall, result: Awaitable[object]) -> None:
+        try:
+            await result
+        except Exception:
+            log_failed_call(label, call)
+
     def _worker_threads(self) -> int:
         """As many as the pool may have connections."""
         size = getattr(self.engine.pool, "size", None)
@@ -218,6 +241,8 @@ class Database(DatabaseCore[Session]):
         remains usable, with a fresh pool and fresh threads.
         """
         running = self._workers.dispose(timeout)
+        waiting = [task.get_name() for task in self._tasks if not task.done()]
+        running = ", ".join(filter(None, [running, *waiting]))
         if running:
             logger.warning("%r is disposed of while workers still run: %s", self, running)
         self._abandon()

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from sqlalchemy import ExceptionContext
 from sqlalchemy.orm import Session
 
+from tornado_sa.after_commit import LaterCall, no_commit
 from tornado_sa.changes import connections_of
 from tornado_sa.responses import summary
 from tornado_sa.scope import Scope
@@ -42,6 +43,19 @@ def roll_back_and_close(session: Session) -> None:
         _ending.reset(token)
 
 
+def commit_reads(session: Session) -> None:
+    """End a transaction that has only read. COMMIT, because a rollback expires what was loaded."""
+    expires, session.expire_on_commit = session.expire_on_commit, False
+    try:
+        with no_commit(session):
+            session.commit()
+    except BaseException:
+        session.rollback()
+        raise
+    finally:
+        session.expire_on_commit = expires
+
+
 def _let_go(session: Session) -> None:
     """Discard what a failed ``close()`` has forgotten: the connections of the session."""
     for connection in connections_of(session):
@@ -70,3 +84,8 @@ def discard_connection(context: ExceptionContext) -> None:
 def log_failed_closing(scope: Scope, error: BaseException) -> None:
     """Log that a session could not be closed properly. One line: nobody can act on more."""
     logger.error("Closing the session of %s failed: %s", scope.label, summary(error))
+
+
+def log_failed_call(label: str, call: LaterCall) -> None:
+    """Log, with its traceback, the exception of a call that waited for a COMMIT."""
+    logger.error("%s: after_commit(%s) failed", label, call.name, exc_info=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Any, TypeVar, cast, overload
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -15,11 +15,14 @@ from tornado_sa.async_database import AsyncDatabase
 from tornado_sa.bridge import cross, is_bridged
 from tornado_sa.changes import uncommitted
 from tornado_sa.database import Database
+from tornado_sa.ending import commit_reads
 from tornado_sa.entry import wrap_entry_points
 from tornado_sa.errors import UncommittedChanges
 from tornado_sa.request import DONE, RequestScope
+from tornado_sa.transactions import transactions_of
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class BaseHandler(RequestScope):
@@ -45,13 +48,15 @@ class BaseHandler(RequestScope):
                 f" methods hide it. Write: class {cls.__name__}(BaseHandler, {handler.__name__})"
             )
         wrap_entry_points(cls)
+        if RequestHandler in mro:
+            cls._sa_transactions = transactions_of(cast("type[RequestHandler]", cls))
 
     # -- the session ---------------------------------------------------------
 
     @property
     def db(self) -> Database | AsyncDatabase:
         """The handler's database. Raises `.ConfigurationError` if there is none, or a wrong one."""
-        return cast("Database | AsyncDatabase", self._find_database(Database, AsyncDatabase))
+        return self._find_database()
 
     @property
     def session(self) -> Session:
@@ -80,15 +85,26 @@ class BaseHandler(RequestScope):
         were it not committed: `commit` it, or roll it back. Raises
         `.ScopeClosed` after the end of the request.
         """
-        scope, database = self._open_scope(), self._find_database(Database, AsyncDatabase)
+        scope, database = self._open_scope(), self._find_database()
         scope.check()
         if scope.get(database) is None:
             return DONE
         session = database.plain_session_in(scope)
         if database.needs_bridge and not (self._sa_bridge and is_bridged()):
-            return cross(_commit_reads, session, scope.label)
-        _commit_reads(session, scope.label)
+            return cross(_release, session, scope.label)
+        _release(session, scope.label)
         return DONE
+
+    def after_commit(
+        self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Call ``function(*args, **kwargs)`` once the request's work is committed and answered.
+
+        See `.Database.after_commit`. Raises `.ScopeClosed` after the end of the request.
+        """
+        scope = self._open_scope()
+        scope.check()
+        self._find_database()._call_after_commit(scope, function, args, kwargs)
 
     def get_or_404(self, entity: type[T], ident: Any, **options: Any) -> T:
         """Return the object with primary key ``ident``, or answer 404.
@@ -142,7 +158,7 @@ class AsyncSessionHandler(BaseHandler, RequestHandler):
     @property
     def db(self) -> AsyncDatabase:
         """The handler's database. Raises `.ConfigurationError` if there is none, or a wrong one."""
-        return self._find_database(AsyncDatabase)
+        return self._check_database(AsyncDatabase)
 
     @property
     def session(self) -> AsyncSession:  # type: ignore[override]
@@ -170,8 +186,7 @@ class AsyncSessionHandler(BaseHandler, RequestHandler):
         return _or_404((await self.session.scalars(statement)).first())
 
 
-def _commit_reads(session: Session, label: str) -> None:
-    """End a transaction that has only read. COMMIT, because a rollback expires what was loaded."""
+def _release(session: Session, label: str) -> None:
     if not session.in_transaction():
         return
     lost = uncommitted(session)
@@ -180,14 +195,7 @@ def _commit_reads(session: Session, label: str) -> None:
             f"{label}: release() would leave work uncommitted: {lost}. Call commit() or rollback()"
             " first."
         )
-    expires, session.expire_on_commit = session.expire_on_commit, False
-    try:
-        session.commit()
-    except BaseException:
-        session.rollback()
-        raise
-    finally:
-        session.expire_on_commit = expires
+    commit_reads(session)
 
 
 def _or_404(found: T | None) -> T:

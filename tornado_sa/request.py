@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from asyncio import Future
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from tornado.log import app_log
 from tornado.web import RequestHandler
 
 from tornado_sa.async_database import AsyncDatabase
-from tornado_sa.bridge import step_aside
+from tornado_sa.bridge import is_bridged, step_aside
 from tornado_sa.core import DatabaseCore
 from tornado_sa.database import Database
 from tornado_sa.ending import logger
-from tornado_sa.errors import ConfigurationError
+from tornado_sa.errors import ConfigurationError, UncommittedChanges
 from tornado_sa.responses import RETRY_AFTER, status_for, summary
 from tornado_sa.scope import Scope, current
+from tornado_sa.transactions import Transaction, Unit
 
 AnyDatabase = TypeVar("AnyDatabase", bound=DatabaseCore[Any])
 
@@ -46,6 +48,10 @@ class RequestScope(_Handler):
     #: The database of this handler. The default is ``application.settings["db"]``.
     database: Database | AsyncDatabase | None = None
 
+    #: The verbs that run in a transaction, as if each were decorated with `.transactional`. In
+    #: upper case, such as ``frozenset({"POST", "PUT"})``.
+    transactional_methods: ClassVar[frozenset[str]] = frozenset()
+
     #: Cancel the request when its client goes away. By default the verb runs to
     #: its end, as Tornado does it. Of a WebSocket, only the handshake is ever
     #: cancelled: an event always runs to its end.
@@ -59,6 +65,8 @@ class RequestScope(_Handler):
     _sa_hooks: int = 0  # hooks that run as tasks at this moment
     _sa_over: bool = False  # the request has ended but for them
     _sa_retry_after: bool = False
+    _sa_transactions: ClassVar[dict[str, Transaction]] = {}
+    _sa_unit: Unit | None = None  # a transactional verb that is running
 
     def prepare(self) -> Any:
         """Open the request's scope and make it current.
@@ -88,11 +96,58 @@ class RequestScope(_Handler):
         finally:
             self._client_gone()
 
+    def should_commit(self) -> bool:
+        """Whether the work of a `.transactional` verb that has returned is committed.
+
+        Override this to decide otherwise than by the status: below 400.
+        """
+        return self.get_status() < 400
+
+    def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> Future[None]:
+        """Finish the response; in a `.transactional` verb, after its COMMIT.
+
+        A success that leaves work uncommitted is named in the log. With
+        ``debug=True`` on the database it raises `.UncommittedChanges` instead,
+        which is answered with a 500.
+        """
+        if self._sa_unit is not None:
+            return self._sa_unit.finish(chunk)
+        scope = self._sa_scope
+        if scope is not None and scope.has_sessions and not self._finished:
+            self._look_for_uncommitted(scope)
+        return super().finish(chunk)
+
+    def flush(self, include_footers: bool = False) -> Future[None]:
+        """Send what was written. Raises `.ConfigurationError` in a `.transactional` verb."""
+        if self._sa_unit is not None:
+            self._sa_unit.flush()
+        return super().flush(include_footers)
+
+    def _finish_held(self) -> None:
+        """Finish what a transactional verb has finished before its COMMIT."""
+        if self._sa_bridge and is_bridged():
+            self._finish_bridged(self._sa_bridge, super().finish)
+        else:
+            super().finish()
+
+    def _look_for_uncommitted(self, scope: Scope) -> None:
+        status = self.get_status()
+        lost, is_error = scope.uncommitted() if status < 400 else (None, False)
+        if lost is not None:
+            text = (
+                f"{scope.full_label} answers {status} and leaves work uncommitted: {lost}. Commit"
+                " it before the response, with @transactional or self.session.commit()."
+            )
+            if is_error:
+                raise UncommittedChanges(text)
+            logger.warning("%s", text)
+
     def _open_scope(self) -> Scope:
         """Return the request's scope, which may be over; make it if there is none yet."""
         if self._sa_scope is None:
             request = self.request
-            self._sa_scope = Scope(request.method or "", request.path)
+            scope = self._sa_scope = Scope(request.method or "", request.path)
+            scope.handler_name = type(self).__name__
             if self._sa_plain:
                 database = self._database()
                 if getattr(database, "needs_bridge", False):
@@ -167,13 +222,19 @@ class RequestScope(_Handler):
         # abandoned upload waits for the rest of the body for ever.
         RequestHandler.on_connection_close(self)
         task = self._sa_task
-        if self.cancel_on_disconnect and task is not None and not task.cancelling():
+        if not self.cancel_on_disconnect or task is None or task.cancelling():
+            return
+        if self._sa_unit is None or not self._sa_unit.committing:  # for who could tell its outcome?
             task.cancel()
 
     def _database(self) -> Any:
         return self.database or self.application.settings.get("db")
 
-    def _find_database(self, *kinds: type[AnyDatabase]) -> AnyDatabase:
+    def _find_database(self) -> Database | AsyncDatabase:
+        """The database of this handler. Raises `.ConfigurationError` if it has none."""
+        return cast("Database | AsyncDatabase", self._check_database(Database, AsyncDatabase))
+
+    def _check_database(self, *kinds: type[AnyDatabase]) -> AnyDatabase:
         database = self._database()
         if isinstance(database, kinds):
             return database

@@ -25,6 +25,11 @@ _LABEL_LENGTH = 200
 class SessionOwner(Protocol):
     """What a scope asks of the databases whose sessions it holds."""
 
+    debug: bool
+
+    def uncommitted(self, scope: Scope, session: Any) -> str | None:
+        """What would be lost if ``session`` were rolled back now, in words."""
+
     def end_session(self, scope: Scope, session: Any) -> Task[None] | None:
         """Roll back and close; return the task that does so if it takes I/O. Never raises."""
 
@@ -37,7 +42,16 @@ class Scope:
     ``db.scope()`` and ``db.begin()``, not by calling this class.
     """
 
-    __slots__ = ("__weakref__", "_label", "_sessions", "closed", "entered", "opened_at")
+    __slots__ = (
+        "__weakref__",
+        "_label",
+        "_sessions",
+        "calls_back",
+        "closed",
+        "entered",
+        "handler_name",
+        "opened_at",
+    )
 
     def __init__(self, *label: str) -> None:
         # In pieces, for most are never shown. Joined here, they would cost an idle request more
@@ -47,6 +61,10 @@ class Scope:
         self.closed: bool = False
         #: True while an entry point of its handler runs under the bridge.
         self.entered: bool = False
+        #: The class of the handler it belongs to, if it belongs to one.
+        self.handler_name: str = ""
+        #: True once `after_commit` was called in it.
+        self.calls_back: bool = False
         #: When it was opened, in seconds of `time.monotonic`.
         self.opened_at: float = time.monotonic()
         self._sessions: dict[SessionOwner, Any] = {}
@@ -58,6 +76,26 @@ class Scope:
     def label(self) -> str:
         """What errors and logs call the unit of work, such as ``GET /notes/7``."""
         return " ".join(self._label)[:_LABEL_LENGTH]
+
+    @property
+    def full_label(self) -> str:
+        """The label with the class of the handler, such as ``Notes, GET /notes/7``."""
+        return f"{self.handler_name}, {self.label}" if self.handler_name else self.label
+
+    @property
+    def has_sessions(self) -> bool:
+        """True if a session was opened in it."""
+        return bool(self._sessions)
+
+    def uncommitted(self) -> tuple[str | None, bool]:
+        """What would be lost if it ended now, in words, and whether that is to be an error."""
+        lost, is_error = [], False
+        for owner, session in list(self._sessions.items()):
+            found = owner.uncommitted(self, session)
+            if found is not None:
+                lost.append(found)
+                is_error |= owner.debug
+        return ", ".join(lost) or None, is_error
 
     @property
     def age(self) -> float:

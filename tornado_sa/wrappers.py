@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tornado_sa.bridge import complete, cross, is_bridged
 from tornado_sa.events import Event, wait_for_it, wait_or_abort
 from tornado_sa.scope import Scope, current, enter, leave
+from tornado_sa.transactions import run
 
 if TYPE_CHECKING:
     from tornado_sa.handlers import BaseHandler
@@ -75,25 +76,33 @@ def _complete(handler: BaseHandler, scope: Scope, method: Method, args: Any, kwa
         leave(scope, previous)
 
 
-def _answer(handler: BaseHandler, scope: Scope, method: Method, args: Any, kwargs: Any) -> Any:
-    """Answer an exception where it was raised: an error page may look up the current user."""
-    try:
-        return _complete(handler, scope, method, args, kwargs)
-    except Exception as error:
-        # What Tornado calls a moment later, outside the bridge. Private, but it is what people
-        # override and instrument, and so better than a copy of what it does.
-        assert handler._sa_bridge is not None
-        handler._finish_bridged(handler._sa_bridge, handler._handle_request_exception, error)
-        return None
-
-
-def _answer_and_finish(
+def _complete_and_finish(
     handler: BaseHandler, scope: Scope, method: Method, args: Any, kwargs: Any
 ) -> None:
-    _answer(handler, scope, method, args, kwargs)
+    _complete(handler, scope, method, args, kwargs)
     assert handler._sa_bridge is not None
     if handler._auto_finish and not handler._finished:
         handler._finish_bridged(handler._sa_bridge, handler.finish)
+
+
+def _answering(crossing: Crossing) -> Crossing:
+    """Answer an exception where it was raised: an error page may look up the current user."""
+
+    def answer(handler: BaseHandler, scope: Scope, method: Method, args: Any, kwargs: Any) -> Any:
+        try:
+            return crossing(handler, scope, method, args, kwargs)
+        except Exception as error:
+            # What Tornado calls a moment later, outside the bridge. Private, but it is what people
+            # override and instrument, and so better than a copy of what it does.
+            assert handler._sa_bridge is not None
+            handler._finish_bridged(handler._sa_bridge, handler._handle_request_exception, error)
+            return None
+
+    return answer
+
+
+_answer = _answering(_complete)
+_answer_and_finish = _answering(_complete_and_finish)
 
 
 def wrap_data_received(method: Method) -> Wrappers:
@@ -102,8 +111,26 @@ def wrap_data_received(method: Method) -> Wrappers:
 
 
 def wrap_verb(method: Method) -> Wrappers:
-    """A verb: Tornado waits for it, and answers what it raises."""
-    return wrap_call(method, _answer_and_finish)
+    """A verb: Tornado waits for it, and answers what it raises. It may need a transaction."""
+    call, awaiting_call = wrap_call(method, _answer_and_finish)
+
+    async def commit(self: BaseHandler, *args: Any, **kwargs: Any) -> None:
+        transaction = self._sa_transactions[self.request.method or ""]
+        await run(self, transaction, method, args, kwargs)
+
+    commit_call, _ = wrap_call(commit, _answer_and_finish)
+
+    def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
+        if self._sa_unit is None and self.request.method in self._sa_transactions:
+            return commit_call(self, *args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    async def awaiting(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
+        if self._sa_unit is None and self.request.method in self._sa_transactions:
+            return await commit_call(self, *args, **kwargs)
+        return await awaiting_call(self, *args, **kwargs)
+
+    return plain, awaiting
 
 
 def wrap_initialize(method: Method) -> Wrappers:

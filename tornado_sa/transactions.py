@@ -1,0 +1,357 @@
+"""Transactions: a verb whose COMMIT comes before the first byte of its response."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import inspect
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Session
+from tornado.web import Finish, RequestHandler
+
+from tornado_sa.bridge import cross, is_bridged
+from tornado_sa.changes import uncommitted
+from tornado_sa.ending import commit_reads, logger
+from tornado_sa.errors import ConfigurationError
+from tornado_sa.responses import is_retryable, summary
+
+if TYPE_CHECKING:
+    from tornado_sa.request import RequestScope
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Set on the verbs that `transactional` decorates.
+MARK = "_tornado_sa_transaction"
+
+# The longest pause before a verb is run again, in seconds, and the first. Each is drawn evenly
+# from 0 to a limit that doubles ("full jitter": https://aws.amazon.com/blogs/architecture/
+# exponential-backoff-and-jitter/), so that those who collided do not collide again.
+_LONGEST_PAUSE = 0.1
+_FIRST_PAUSE = 0.01
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """How a verb is run in a transaction."""
+
+    retries: int = 0
+    isolation_level: str | None = None
+
+    def __post_init__(self) -> None:
+        retries, level = self.retries, self.isolation_level
+        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+            raise ConfigurationError(
+                f"@transactional(retries={retries!r}): give the number of times that the verb may"
+                " run again, 0 or more."
+            )
+        if level is not None and (not isinstance(level, str) or level.upper() == "AUTOCOMMIT"):
+            raise ConfigurationError(
+                f"@transactional(isolation_level={level!r}): give the name of an isolation level,"
+                ' such as "SERIALIZABLE".'
+            )
+
+
+@overload
+def transactional(method: Method, /) -> Method: ...
+@overload
+def transactional(
+    *, retries: int = 0, isolation_level: str | None = None
+) -> Callable[[Method], Method]: ...
+def transactional(
+    method: Any = None, /, *, retries: int = 0, isolation_level: str | None = None
+) -> Any:
+    """Run a verb in a transaction: COMMIT, and only then the response.
+
+    ::
+
+        class Transfers(SessionHandler):
+            @transactional(retries=3, isolation_level="SERIALIZABLE")
+            def post(self):
+                self.session.add(Transfer(...))
+                self.redirect("/transfers")
+
+    When the verb returns, or raises ``tornado.web.Finish``, and
+    ``self.should_commit()`` agrees, the session is committed. On any other
+    exception it is rolled back. The response goes out afterwards. Until then
+    ``finish()``, ``render()``, ``redirect()`` and ``send_error()`` are held
+    back, and ``flush()`` is refused. When the COMMIT fails, nothing is left of
+    the response the verb prepared, and the error is answered like any other.
+
+    ``retries``
+        How many times the verb is run again after a serialization failure, a
+        deadlock or a locked SQLite file, after a pause of at most 0.1 seconds.
+        Each time the response is as it was before the verb; attributes that the
+        verb sets on ``self`` are not. A verb that joins work which was not
+        committed, say of `prepare`, is not run again, for that work is lost.
+    ``isolation_level``
+        Of this transaction, such as ``"SERIALIZABLE"``. A transaction that has
+        only read before, say in `prepare`, is ended for it.
+
+    Other databases than the handler's own commit by themselves. Raises
+    `.ConfigurationError` for wrong options, and where the method is not a verb
+    of a handler of ours.
+    """
+    options = Transaction(retries, isolation_level)
+
+    def decorate(method: Any) -> Any:
+        if not callable(method):
+            raise ConfigurationError(
+                "@transactional decorates a verb. Write its options by name:"
+                " @transactional(retries=3)."
+            )
+        checked = _checked(method)
+        setattr(checked, MARK, options)
+        return checked
+
+    return decorate if method is None else decorate(method)
+
+
+def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, refused where nobody would commit it."""
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def call_async(self: RequestScope, *args: Any, **kwargs: Any) -> Any:
+            _check_handler(self, method)
+            return await method(self, *args, **kwargs)
+
+        return call_async
+
+    @functools.wraps(method)
+    def call(self: RequestScope, *args: Any, **kwargs: Any) -> Any:
+        _check_handler(self, method)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+def _check_handler(handler: object, method: Callable[..., Any]) -> None:
+    if not hasattr(handler, "_sa_transactions"):
+        raise ConfigurationError(
+            f"@transactional {method.__qualname__}: {type(handler).__name__} is no handler of"
+            " tornado_sa, so nobody would commit. Mix in BaseHandler, or subclass SessionHandler."
+        )
+
+
+def transactions_of(cls: type[RequestHandler]) -> dict[str, Transaction]:
+    """The verbs of ``cls`` that run in a transaction, by name in upper case.
+
+    Raises `.ConfigurationError`.
+    """
+    verbs = cls.SUPPORTED_METHODS
+    methods: frozenset[str] = getattr(cls, "transactional_methods", frozenset())
+    unknown = {methods} if isinstance(methods, str) else set(methods) - set(verbs)
+    if unknown:
+        raise ConfigurationError(
+            f"{cls.__name__}.transactional_methods names {sorted(unknown)}. Write a set of methods"
+            ' in upper case, such as frozenset({"POST", "PUT"}).'
+        )
+    for name, value in vars(cls).items():
+        if hasattr(value, MARK) and name.upper() not in verbs:
+            raise ConfigurationError(
+                f"{cls.__name__}.{name} is no verb, so @transactional has no response to hold back."
+                " Write `with self.db.begin() as session:` in it."
+            )
+    found = {verb: getattr(getattr(cls, verb.lower(), None), MARK, None) for verb in verbs}
+    return {verb: found[verb] or Transaction() for verb in verbs if found[verb] or verb in methods}
+
+
+class Unit:
+    """A transactional verb that is running: what holds its response back."""
+
+    def __init__(self, handler: RequestScope, transaction: Transaction) -> None:
+        self.handler = handler
+        self.transaction = transaction
+        #: True from the moment the verb is done: nobody should cancel a COMMIT.
+        self.committing: bool = False
+        #: True when the verb has called ``finish()``.
+        self.finished: bool = False
+        self._before = (
+            handler._status_code,
+            handler._reason,
+            handler._headers.copy(),
+            list(handler._write_buffer),
+            copy.deepcopy(getattr(handler, "_new_cookie", None)),
+        )
+
+    def finish(self, chunk: Any) -> asyncio.Future[None]:
+        """What ``self.finish()`` does while the verb runs."""
+        if chunk is not None:
+            self.handler.write(chunk)
+        # Private, and what makes Tornado refuse a later write() or finish() as it always does.
+        self.handler._finished = self.finished = True
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    def flush(self) -> None:
+        """What ``self.flush()`` does while the verb runs. Raises `.ConfigurationError`."""
+        raise ConfigurationError(
+            f"{self.handler._open_scope().label}: flush() would send a part of the response before"
+            " the COMMIT, which can still fail. In a transactional verb leave it out; to stream,"
+            " commit in the verb itself, without @transactional."
+        )
+
+    def let_go(self) -> bool:
+        """Let the handler answer again; return True if the verb has called ``finish()``."""
+        self.handler._sa_unit = None
+        if self.finished:
+            self.handler._finished = False
+        return self.finished
+
+    def undo(self) -> None:
+        """Put the response back to what it was before the verb.
+
+        By the private names of Tornado, here and nowhere else: ``clear()`` keeps the cookies, and
+        forgets the headers that ``prepare()`` has set.
+        """
+        handler = self.handler
+        status, reason, headers, buffer, cookies = self._before
+        handler._status_code, handler._reason = status, reason
+        handler._headers, handler._write_buffer = headers.copy(), list(buffer)
+        if cookies is not None:
+            handler._new_cookie = copy.deepcopy(cookies)
+        elif hasattr(handler, "_new_cookie"):
+            del handler._new_cookie
+        if self.finished:
+            handler._finished = self.finished = False
+        self.committing = False
+
+
+async def run(
+    handler: RequestScope,
+    transaction: Transaction,
+    method: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Run the verb ``method`` in a transaction, and answer if it has called ``finish()``.
+
+    Under the bridge this coroutine runs there as well, and waits for nothing by itself.
+    """
+    unit = handler._sa_unit = Unit(handler, transaction)
+    try:
+        finish = await _try(handler, unit, method, args, kwargs)
+    except Exception:
+        raise
+    except BaseException:  # cancelled
+        unit.undo()
+        raise
+    finally:
+        finished = unit.let_go()
+    if finished:
+        handler._finish_held()
+    if finish is not None:
+        raise finish
+
+
+async def _try(
+    handler: RequestScope, unit: Unit, method: Callable[..., Any], args: Any, kwargs: Any
+) -> Finish | None:
+    """Run and commit, again if need be. Return the ``Finish`` that the verb raised, if any."""
+    retries, level = unit.transaction.retries, unit.transaction.isolation_level
+    loaded: list[Any] = []
+    if retries and await _in_session(handler, uncommitted):
+        retries = 0  # what was done before the verb would be lost
+    if retries and not handler._sa_plain:  # an AsyncSession does not load by itself
+        loaded = await _in_session(handler, _loaded) or []
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            if level is not None:
+                await _in_session(handler, _begin_afresh, level, create=True)
+            if tries > 1 and loaded:
+                await _in_session(handler, _refresh, loaded)
+            return await _once(handler, unit, method, args, kwargs)
+        except Exception as error:
+            again = is_retryable(error)
+            if again or unit.committing or unit.finished:
+                unit.undo()
+            await _in_session(handler, _roll_back)
+            if tries > retries or not again:
+                raise
+            pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**tries))
+            logger.warning(
+                "%s: try %d of %d failed, the verb runs again in %.0f ms: %s",
+                handler._open_scope().label,
+                tries,
+                retries + 1,
+                pause * 1000,
+                summary(error),
+            )
+        await asyncio.sleep(pause)
+
+
+async def _once(
+    handler: RequestScope, unit: Unit, method: Callable[..., Any], args: Any, kwargs: Any
+) -> Finish | None:
+    finish = None
+    try:
+        result = method(handler, *args, **kwargs)
+        if result is not None:
+            await result
+    except Finish as error:
+        finish = error
+    if handler.should_commit():
+        unit.committing = True
+        await _in_session(handler, _commit)
+    else:
+        await _in_session(handler, _roll_back)
+    return finish
+
+
+async def _in_session(
+    handler: RequestScope, function: Callable[..., Any], *args: Any, create: bool = False
+) -> Any:
+    """Call ``function(session, *args)`` where the request's session may do I/O.
+
+    Not at all if there is no session, unless it is to be created.
+    """
+    database = handler._find_database()
+    scope = handler._open_scope()
+    if not create and scope.get(database) is None:
+        return None
+    session = database.plain_session_in(scope)
+    if database.needs_bridge and not (handler._sa_bridge and is_bridged()):
+        return await cross(function, session, *args)
+    return function(session, *args)
+
+
+def _commit(session: Session) -> None:
+    session.commit()
+
+
+def _roll_back(session: Session) -> None:
+    session.rollback()
+
+
+def _begin_afresh(session: Session, isolation_level: str) -> None:
+    """Begin a transaction with ``isolation_level``, which one that has begun cannot change to."""
+    lost = uncommitted(session)
+    if lost is not None:
+        raise ConfigurationError(
+            f"A transaction with isolation_level={isolation_level!r} cannot begin while work waits"
+            f" for a COMMIT: {lost}. Do it in the verb, or commit it before."
+        )
+    commit_reads(session)
+    bind = {"bind": session.bind} if session.bind is not None else None
+    session.connection(bind, execution_options={"isolation_level": isolation_level})
+
+
+def _loaded(session: Session) -> list[Any]:
+    return list(session.identity_map.values())
+
+
+def _refresh(session: Session, objects: list[Any]) -> None:
+    """Load again what a rollback has expired."""
+    for one in objects:
+        with suppress(InvalidRequestError):  # the row is gone: the verb will find that out
+            session.refresh(one)

@@ -783,7 +783,7 @@ async def test_dispose_waits_no_longer_than_it_may(
 
     task = asyncio.create_task(unit())
     await until(gate.entered.is_set)
-    expected_log.append("disposed of while workers still run: Gate.pass_through of job (")
+    expected_log.append("disposed of while still at work: Gate.pass_through of job (")
     expected_log.append("disposed of while still in use by: job (")
     flavour.db.dispose(timeout=0.05)
     assert not gate.left.is_set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from inspect import isawaitable, iscoroutine
 from typing import Any, Literal, ParamSpec, TypeVar, cast
@@ -180,16 +180,27 @@ class Database(DatabaseCore[Session]):
             try:
                 result = context.run(call)
                 if isawaitable(result):
-                    work = self._await_call(scope.full_label, call, result)
-                    self._track(work, f"after_commit of {scope.label}", context)
+                    self._await(scope, call, result, context)
             except Exception:
                 log_failed_call(scope.full_label, call)
 
-    async def _await_call(self, label: str, call: LaterCall, result: Awaitable[object]) -> None:
+    def _await(
+        self, scope: Scope, call: LaterCall, result: Awaitable[object], context: Context
+    ) -> None:
+        label = scope.full_label
+
+        async def wait() -> None:
+            try:
+                await result
+            except Exception:
+                log_failed_call(label, call)
+
         try:
-            await result
-        except Exception:
-            log_failed_call(label, call)
+            self._track(wait(), f"after_commit of {scope.label}", context)
+        except RuntimeError:  # no loop runs here
+            if iscoroutine(result):
+                result.close()
+            raise
 
     def _worker_threads(self) -> int:
         """As many as the pool may have connections."""
@@ -244,7 +255,7 @@ class Database(DatabaseCore[Session]):
         waiting = [task.get_name() for task in self._tasks if not task.done()]
         running = ", ".join(filter(None, [running, *waiting]))
         if running:
-            logger.warning("%r is disposed of while workers still run: %s", self, running)
+            logger.warning("%r is disposed of while still at work: %s", self, running)
         self._abandon()
         self.engine.dispose()
 

@@ -113,13 +113,13 @@ def recover(engines: Sequence[Engine], decisions: Decisions) -> list[InDoubt]:
     return ended
 
 
-def commit_elsewhere(engine: Engine, xid: str) -> bool:
-    """Commit a branch of ours, which is decided, over another connection than its own.
+def end_elsewhere(engine: Engine, xid: str, commit: bool) -> bool:
+    """End a branch of ours, which is decided, over another connection than its own.
 
     False if it is still in doubt.
     """
     id = None if engine.dialect.name == "postgresql" else f"X'{xid.encode().hex()}',X'',1"
-    return _end(_Branch(InDoubt(xid, "", None, True, COMMIT), engine, id), True)
+    return _end(_Branch(InDoubt(xid, "", None, True, None), engine, id), commit)
 
 
 def _by_realm(decisions: Iterable[Decisions]) -> dict[str, Decisions]:
@@ -186,7 +186,7 @@ def _end(branch: _Branch, commit: bool) -> bool:
                 connection.execute(statement)
                 return True
             except DBAPIError as error:
-                if _code(error) not in _MAY_PASS:
+                if not _codes(error) & _MAY_PASS:
                     raise
             if branch.shown.xid not in {one.shown.xid for one in _listed(connection)}:
                 return True  # somebody else has ended it
@@ -194,13 +194,14 @@ def _end(branch: _Branch, commit: bool) -> bool:
     return False
 
 
-def _code(error: DBAPIError) -> object:
-    """The SQLSTATE of PostgreSQL, the number of MySQL and MariaDB."""
-    original = error.orig
-    state = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
-    if state is not None:
-        return state
-    return original.args[0] if original is not None and original.args else None
+def _codes(error: DBAPIError) -> set[object]:
+    """The SQLSTATE, and for MySQL and MariaDB the number, which says more."""
+    original: Any = error.orig
+    return {
+        getattr(original, "sqlstate", None),
+        getattr(original, "pgcode", None),
+        *getattr(original, "args", ())[:1],
+    }
 
 
 @contextmanager

@@ -7,18 +7,18 @@ stored; from then on nothing rolls a branch back.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, cast
 
-from sqlalchemy import Connection, Engine, TwoPhaseTransaction, event
+from sqlalchemy import Connection, Engine, ExceptionContext, TwoPhaseTransaction, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from tornado_sa.decisions import ABORT, COMMIT, Decisions, gid_of
 from tornado_sa.ending import logger
 from tornado_sa.engine import shown
 from tornado_sa.errors import ConfigurationError, TornadoSAError
-from tornado_sa.in_doubt import commit_elsewhere
+from tornado_sa.in_doubt import end_elsewhere
 from tornado_sa.responses import summary
 
 # By name of the driver. Tested are psycopg, pymysql and aiomysql; the others share their code.
@@ -85,19 +85,17 @@ class _Unit:
 
         By another attempt, not by looking: the server may be about to store the first one.
         """
+        passing = isinstance(error, Exception)  # not a cancellation
         try:
-            self.decision = self.decisions.decide(self.gid, ABORT)
+            self.decision = self.decisions.decide(self.gid, COMMIT if passing else ABORT)
         except BaseException:
             self.decision = _UNKNOWN
             for connection in self.connections:
                 self._tell_in_doubt(_xid(connection), connection, error)
                 _let_go(connection)
             raise error from None
-        if self.decision == ABORT:
-            self._end(commit=False)
-            raise error
-        if not isinstance(error, Exception):  # a cancellation
-            self._end(commit=True)
+        if not passing:
+            self._end(commit=self.decision == COMMIT)
             raise error
 
     def _end(self, *, commit: bool) -> None:
@@ -112,8 +110,10 @@ class _Unit:
                 return
             (connection.commit_prepared if commit else connection.rollback_prepared)(xid)
         except Exception as error:
-            # A COMMIT has told already. A ROLLBACK is repeated by recover(), or was done by it.
-            logger.debug("%s: %s", xid, summary(error))
+            _let_go(connection)
+            # A COMMIT has been tried elsewhere already. A ROLLBACK may have been done by recover().
+            if not commit and not self._ended_elsewhere(connection, xid, commit=False):
+                self._tell_in_doubt(xid, connection, error)
         finally:
             _let_go(connection)
 
@@ -123,16 +123,17 @@ class _Unit:
         A branch that is not must not be rolled back either, so its connection is given up.
         """
         _let_go(connection)
-        if len(self.connections) > 1:
-            try:
-                if commit_elsewhere(connection.engine, xid):
-                    return isinstance(
-                        error, Exception
-                    )  # else it is a cancellation, to be passed on
-            except BaseException as another:
-                logger.debug("%s: %s", xid, summary(another))
+        # A single branch that is gone may have been rolled back, by recover().
+        if len(self.connections) > 1 and self._ended_elsewhere(connection, xid, commit=True):
+            return isinstance(error, Exception)  # else it is a cancellation, to be passed on
         self._tell_in_doubt(xid, connection, error)
         return False
+
+    def _ended_elsewhere(self, connection: Connection, xid: str, *, commit: bool) -> bool:
+        try:
+            return end_elsewhere(connection.engine, xid, commit)
+        except BaseException:  # what matters is the error that led here
+            return False
 
     def _tell_in_doubt(self, xid: str, connection: Connection, error: BaseException) -> None:
         if xid in self.told:
@@ -275,6 +276,13 @@ def _commit_begins(_connection: Connection, xid: Any, _is_prepared: bool) -> Non
         unit.decide()
 
 
+def _fails(context: ExceptionContext) -> None:
+    """Have SQLAlchemy's error say what the driver's was given to say."""
+    for note in getattr(context.original_exception, "__notes__", []):
+        if context.sqlalchemy_exception is not None:
+            context.sqlalchemy_exception.add_note(note)
+
+
 def _rollback_begins(connection: Connection, xid: Any, _is_prepared: bool) -> None:
     """Commit where SQLAlchemy would roll back, because another branch failed to commit."""
     unit = _unit_of(xid)
@@ -282,9 +290,10 @@ def _rollback_begins(connection: Connection, xid: Any, _is_prepared: bool) -> No
         unit.end_branch(connection, commit=True)
 
 
-_LISTENERS = {
+_LISTENERS: dict[str, Callable[..., Any]] = {
     "commit_twophase": _commit_begins,
     "rollback_twophase": _rollback_begins,
+    "handle_error": _fails,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, create_engine, event, insert, inspect, select, text
+from sqlalchemy import URL, Engine, create_engine, event, insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.orm import Session
 
@@ -30,6 +31,7 @@ from tests.transfer import (
     transfer,
 )
 from tornado_sa import AsyncDatabase, ConfigurationError, Database, TornadoSAError
+from tornado_sa.__main__ import main
 from tornado_sa.decisions import TABLE
 
 MARIADB = URL.create("mysql+pymysql", "root", None, "127.0.0.1", 3306, "test")
@@ -72,8 +74,11 @@ class Pair:
 
     def listed(self) -> list[str]:
         """All that is in doubt: in both databases on PostgreSQL, on the whole server on MariaDB."""
+        return list(dict.fromkeys(self.listed_in(0) + self.listed_in(1)))
+
+    def listed_in(self, number: int) -> list[str]:
         found: list[str] = []
-        for admin in self.admins:
+        for admin in self.admins[number : number + 1]:
             with admin.connect() as connection:
                 if admin.dialect.name == "postgresql":
                     found += connection.scalars(
@@ -81,7 +86,7 @@ class Pair:
                     )
                 else:
                     found += [row[3].decode() for row in connection.execute(text("XA RECOVER"))]
-        return list(dict.fromkeys(found))
+        return found
 
     def in_doubt(self) -> list[str]:
         """What is in doubt and ours: other tests may be running on the server."""
@@ -391,6 +396,12 @@ def test_a_commit_that_fails_after_the_decision(pair: Pair, expected_log: list[s
     assert pair.amounts() == (90, 110)
 
 
+def _roll_back(admin: Engine, xid: str) -> None:
+    with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        way = "ROLLBACK PREPARED" if admin.dialect.name == "postgresql" else "XA ROLLBACK"
+        connection.exec_driver_sql(f"{way} '{xid}'")
+
+
 @on(("sync", PG, PG), ("sync", PG, "mysql"))
 def test_ids_of_others_are_left_alone(pair: Pair) -> None:
     pair.run(lambda db: transfer(pair.flavour, db))  # so that there is a table of decisions
@@ -412,7 +423,12 @@ def test_ids_of_others_are_left_alone(pair: Pair) -> None:
         listed = {one.xid: one for one in db.in_doubt()}
         for xid in before:
             assert not listed[xid].ours
-            db.resolve(xid, commit=False)
+            if xid.startswith("foreign"):
+                db.resolve(xid, commit=False)
+            else:  # of this package, in another application
+                with pytest.raises(TornadoSAError, match="kept in another database"):
+                    db.resolve(xid, commit=False)
+                _roll_back(pair.admins[int(xid[-1])], xid)
 
     pair.run(resolve)
     assert [xid for xid in pair.listed() if mine in xid] == []
@@ -433,6 +449,42 @@ def test_resolve_by_hand_ends_all_branches(pair: Pair, commit: bool) -> None:
 
     pair.run(resolve)
     assert pair.amounts() == ((90, 110) if commit else (100, 100))
+
+
+@on(("async", PG, PG), ("bridged", PG, PG))
+@pytest.mark.parametrize(
+    "step", ["before the decision", "after the decision", "between the commits"]
+)
+def test_a_commit_that_is_cancelled(
+    pair: Pair, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All or nothing, and nothing is left in doubt."""
+    # psycopg says that a COMMIT PREPARED cannot be cancelled, which is as well.
+    caplog.set_level(logging.ERROR, logger="psycopg")
+
+    async def work(db: Any) -> None:
+        task = asyncio.create_task(transfer(pair.flavour, db))
+        at(db, step, lambda *_: task.cancel())
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    pair.run(work)
+    assert pair.amounts() == ((100, 100) if step == "before the decision" else (90, 110))
+    assert pair.in_doubt() == []
+
+
+@SYNC
+def test_resolve_from_the_command_line_wants_the_first_database(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair.crash("before the decision")
+    second = next(xid for xid in pair.in_doubt() if xid in pair.listed_in(1))
+    assert main(["in-doubt", *pair.urls]) == 1
+    assert main(["resolve", pair.urls[1], second, "--commit"]) == 1
+    assert "kept in another database" in capsys.readouterr().err
+    assert main(["resolve", *pair.urls, second, "--commit"]) == 0
+    assert capsys.readouterr().out.count("\tcommit\n") == 2
+    assert pair.amounts() == (90, 110)
 
 
 @SYNC

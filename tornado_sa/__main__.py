@@ -3,7 +3,7 @@
 ::
 
     python -m tornado_sa in-doubt URL [URL ...] [--json]
-    python -m tornado_sa resolve URL XID (--commit | --rollback) [--json]
+    python -m tornado_sa resolve URL [URL ...] XID (--commit | --rollback) [--json]
 
 Exit codes: 0, nothing is in doubt, or the transaction was ended; 1, something is in doubt, or the
 transaction could not be ended; 2, it could not be tried: a wrong argument, or no answer from the
@@ -37,13 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ExitStack() as stack:
             databases = [_database(stack, url) for url in options.urls]
+            engines = [database.engine for database in databases]
+            decisions = [database._decisions for database in databases]
             if options.command == "in-doubt":
-                engines = [database.engine for database in databases]
-                decisions = [database._decisions for database in databases]
                 found = in_doubt.in_doubt(engines, decisions)
                 _show(found, options.json)
                 return 1 if found else 0
-            _show(databases[0].resolve(options.xid, commit=options.commit), options.json)
+            ended = in_doubt.resolve(engines, decisions, options.xid, options.commit)
+            _show(ended, options.json)
             return 0
     except ConfigurationError as error:
         return _fail(error, 2)
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("in-doubt", help="list them")
     listing.add_argument("urls", nargs="+", metavar="URL", help=_URL)
     ending = commands.add_parser("resolve", help="commit or roll back one of them")
-    ending.add_argument("urls", nargs=1, metavar="URL", help=_URL)
+    ending.add_argument("urls", nargs="+", metavar="URL", help=_URL)
     ending.add_argument("xid", metavar="XID", help="its id, as in-doubt lists it")
     way = ending.add_mutually_exclusive_group(required=True)
     way.add_argument("--commit", action="store_true")

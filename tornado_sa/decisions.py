@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,14 +69,16 @@ class Decisions:
         self.first = engine
         self._copy = copy
         self._engine: Engine | None = None
+        self._lock = threading.Lock()
         self._realm: str | None = None
         self._finished: list[str] = []
 
     @property
     def engine(self) -> Engine:
-        if self._engine is None:
-            self._engine = self._copy()
-        return self._engine
+        with self._lock:  # two threads must not make one each
+            if self._engine is None:
+                self._engine = self._copy()
+            return self._engine
 
     def new_gid(self) -> str:
         """A new global id. Makes the table when it is needed for the first time.
@@ -173,5 +176,6 @@ class Decisions:
     def after_fork(self) -> None:
         """Leave the parent's connections, and what it has finished, to the parent."""
         self._finished = []
+        self._lock = threading.Lock()
         if self._engine is not None:
             self._engine.dispose(close=False)

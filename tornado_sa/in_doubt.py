@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,6 +25,9 @@ _PAUSE = 0.05
 # is at it. MariaDB: 1397 XAER_NOTA, gone or still its process's; 1402 XA_RBROLLBACK, it had
 # written nothing; 1440 XAER_DUPID.
 _MAY_PASS: frozenset[Any] = frozenset({"42704", "55000", 1397, 1402, 1440})
+
+# What came of an attempt. Gone is what somebody else has ended.
+_ENDED, _GONE, _HELD = "ended", "gone", "held"
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,13 @@ class _Branch:
     id: str | None  # None: as a parameter
 
 
-def in_doubt(engines: Iterable[Engine], decisions: Sequence[Decisions]) -> list[InDoubt]:
+def in_doubt(engines: Sequence[Engine], decisions: Sequence[Decisions]) -> list[InDoubt]:
     """The transactions in doubt on ``engines``, ours and others."""
     return [branch.shown for branch in _branches(engines, decisions)]
 
 
 def resolve(
-    engines: Iterable[Engine], decisions: Sequence[Decisions], xid: str, commit: bool
+    engines: Sequence[Engine], decisions: Sequence[Decisions], xid: str, commit: bool
 ) -> list[InDoubt]:
     """End all branches of the transaction ``xid``. See `.Database.resolve`."""
     wanted = COMMIT if commit else ABORT
@@ -73,14 +76,19 @@ def resolve(
     if not meant:
         raise TornadoSAError(f"No transaction {xid!r} is in doubt here.")
     gid = gid_of(meant[0].shown.xid)
-    if meant[0].shown.ours and gid is not None:
-        by_realm = _by_realm(decisions)
-        decision = by_realm[realm_of(gid)].decide(gid, wanted)
+    if gid is not None:
+        judge = _by_realm(decisions).get(realm_of(gid))
+        if judge is None:
+            raise TornadoSAError(
+                f"The decision on {xid!r} is kept in another database, the first of those that take"
+                " part. Without it, the others could end otherwise. Give its URL as well."
+            )
+        decision = judge.decide(gid, wanted)
         if decision != wanted:
             raise TornadoSAError(
                 f"The decision on {gid} has been made: {decision}. db.recover() carries it out."
             )
-    ended = [replace(one.shown, decision=wanted) for one in meant if _end(one, commit)]
+    ended = [replace(one.shown, decision=wanted) for one in meant if _end(one, commit) != _HELD]
     if len(ended) < len(meant):
         raise TornadoSAError(
             f"The process that prepared {xid!r} still has it. It can be ended when the process has"
@@ -91,6 +99,7 @@ def resolve(
 
 def recover(engines: Sequence[Engine], decisions: Decisions) -> list[InDoubt]:
     """End every transaction of ours that is in doubt. See `.Database.recover`."""
+    _check(engines)
     if decisions.realm() is None:
         return []
     ended: list[InDoubt] = []
@@ -100,9 +109,10 @@ def recover(engines: Sequence[Engine], decisions: Decisions) -> list[InDoubt]:
         gid = str(gid_of(branch.shown.xid))
         if gid not in made:
             made[gid] = decisions.decide(gid, ABORT)  # unless its process was first
-        if _end(branch, made[gid] == COMMIT):
+        outcome = _end(branch, made[gid] == COMMIT)
+        if outcome == _ENDED:
             ended.append(replace(branch.shown, decision=made[gid]))
-        else:
+        elif outcome == _HELD:
             logger.warning(
                 "%s is still held by the process that prepared it, in %s; decision: %s",
                 branch.shown.xid,
@@ -119,16 +129,17 @@ def end_elsewhere(engine: Engine, xid: str, commit: bool) -> bool:
     False if it is still in doubt.
     """
     id = None if engine.dialect.name == "postgresql" else f"X'{xid.encode().hex()}',X'',1"
-    return _end(_Branch(InDoubt(xid, "", None, True, None), engine, id), commit)
+    return _end(_Branch(InDoubt(xid, "", None, True, None), engine, id), commit) != _HELD
 
 
-def _by_realm(decisions: Iterable[Decisions]) -> dict[str, Decisions]:
+def _by_realm(decisions: Sequence[Decisions]) -> dict[str, Decisions]:
     realms = ((one.realm(), one) for one in decisions)
     return {realm: one for realm, one in realms if realm is not None}
 
 
-def _branches(engines: Iterable[Engine], decisions: Sequence[Decisions]) -> list[_Branch]:
+def _branches(engines: Sequence[Engine], decisions: Sequence[Decisions]) -> list[_Branch]:
     """What the servers list. A transaction that two of the engines see is there once."""
+    _check(engines)
     by_realm = _by_realm(decisions)
     found: dict[str, _Branch] = {}
     for engine in engines:
@@ -155,7 +166,7 @@ def _listed(connection: Connection) -> Iterator[_Branch]:
             )
         ).all():
             yield _Branch(InDoubt(xid, shown(engine.url), since, False, None), engine, None)
-    elif engine.dialect.name in ("mysql", "mariadb"):
+    else:
         for form, length, _, data in connection.execute(text("XA RECOVER")).all():
             raw = data.encode() if isinstance(data, str) else bytes(data)
             parts = [part for part in (raw[:length], raw[length:]) if part]
@@ -163,15 +174,19 @@ def _listed(connection: Connection) -> Iterator[_Branch]:
             # In hexadecimal: those of others may be any bytes.
             id = f"X'{raw[:length].hex()}',X'{raw[length:].hex()}',{form}"
             yield _Branch(InDoubt(xid, shown(engine.url), None, False, None), engine, id)
-    else:
-        raise ConfigurationError(
-            f"{engine.dialect.name} has no two-phase commit."
-            " PostgreSQL, MySQL and MariaDB have one."
-        )
 
 
-def _end(branch: _Branch, commit: bool) -> bool:
-    """Commit or roll back ``branch``; False if its process has not let go of it."""
+def _check(engines: Sequence[Engine]) -> None:
+    for engine in engines:
+        if engine.dialect.name not in ("postgresql", "mysql", "mariadb"):
+            raise ConfigurationError(
+                f"{engine.dialect.name} has no two-phase commit."
+                " PostgreSQL, MySQL and MariaDB have one."
+            )
+
+
+def _end(branch: _Branch, commit: bool) -> str:
+    """Commit or roll back ``branch``, unless it is held by its process, or gone."""
     word = "COMMIT" if commit else "ROLLBACK"
     if branch.id is None:
         xid: BindParameter[str] = bindparam("xid", branch.shown.xid, literal_execute=True)
@@ -184,14 +199,14 @@ def _end(branch: _Branch, commit: bool) -> bool:
         for _ in range(_ATTEMPTS):
             try:
                 connection.execute(statement)
-                return True
+                return _ENDED
             except DBAPIError as error:
                 if not _codes(error) & _MAY_PASS:
                     raise
             if branch.shown.xid not in {one.shown.xid for one in _listed(connection)}:
-                return True  # somebody else has ended it
+                return _GONE
             connection.execute(pause)  # by the server, because nothing here may block the loop
-    return False
+    return _HELD
 
 
 def _codes(error: DBAPIError) -> set[object]:

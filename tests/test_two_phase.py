@@ -451,7 +451,7 @@ def test_resolve_by_hand_ends_all_branches(pair: Pair, commit: bool) -> None:
     assert pair.amounts() == ((90, 110) if commit else (100, 100))
 
 
-@on(("async", PG, PG), ("bridged", PG, PG))
+@on(("async", PG, PG), ("bridged", PG, PG), ("async", PG, "mysql"))
 @pytest.mark.parametrize(
     "step", ["before the decision", "after the decision", "between the commits"]
 )
@@ -557,6 +557,40 @@ def test_a_full_pool_does_not_wait_for_its_own_decision(pair: Pair) -> None:
 
     pair.run(work)
     assert pair.amounts() == (90, 110)
+
+
+@on(("async", PG, PG))
+def test_small_pools_and_many_units_at_once(pair: Pair) -> None:
+    async def work(_: Any) -> None:
+        db = AsyncDatabase(
+            pair.urls[0],
+            binds={OtherBase: pair.urls[1]},
+            engine_options={"pool_size": 2, "max_overflow": 0},
+            session_options={"twophase": True},
+        )
+        await asyncio.gather(*(transfer("async", db) for _ in range(16)))
+        assert db.status().checked_out == 0
+        await db.dispose()
+
+    pair.run(work)
+    assert pair.amounts() == (100 - 160, 100 + 160)
+
+
+@SYNC
+def test_one_database_whose_commit_is_lost(pair: Pair, expected_log: list[str]) -> None:
+    """Nothing was decided, so recover() rolls it back, and the log does not say otherwise."""
+
+    async def work(db: Any) -> None:
+        at(db, "after the decision", lambda *_: kill_backends(pair))
+        with pytest.raises(DBAPIError) as caught, db.begin() as session:
+            session.get(Account, 1).amount = 1
+        assert "decision: None" in caught.value.__notes__[0]
+
+    expected_log += ["decision: None"]
+    pair.run(work)
+    assert len(pair.in_doubt()) == 1
+    pair.recover()
+    assert pair.amounts() == (100, 100)
 
 
 @FLAVOURS

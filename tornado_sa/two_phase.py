@@ -105,9 +105,10 @@ class _Unit:
     def end_branch(self, connection: Connection, *, commit: bool) -> None:
         """Commit or roll back a branch outside of SQLAlchemy's own order of events."""
         xid = _xid(connection)
+        if connection.closed or connection.invalidated:
+            self._ended_elsewhere(connection, xid, commit=commit)
+            return
         try:
-            if connection.closed or connection.invalidated:
-                return
             (connection.commit_prepared if commit else connection.rollback_prepared)(xid)
         except Exception as error:
             _let_go(connection)
@@ -139,8 +140,9 @@ class _Unit:
         if xid in self.told:
             return
         self.told.add(xid)
+        decision = self.decision if len(self.connections) > 1 else None
         text = (
-            f"{xid} may be in doubt in {shown(connection.engine.url)}; decision: {self.decision}."
+            f"{xid} may be in doubt in {shown(connection.engine.url)}; decision: {decision}."
             " db.recover() ends it."
         )
         logger.error("%s %s", text, summary(error))

@@ -14,8 +14,9 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from tests.conftest import no_connection_thread
 from tests.support import Base as FirstBase
-from tests.support import Note, settle
+from tests.support import Note, settle, until
 from tornado_sa import AsyncDatabase, ConfigurationError, Database
 
 
@@ -56,6 +57,7 @@ class Two:
                 assert db.status().checked_out == 0
             finally:
                 await settle(db.dispose())
+                await until(no_connection_thread)
 
         asyncio.run(with_database())
 

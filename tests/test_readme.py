@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from tests.cluster import Cluster
 
@@ -45,14 +46,21 @@ def run(block: str, folder: Path, **environment: str) -> None:
 
 def test_there_is_an_example_for_each_question() -> None:
     assert len(re.findall(r"^[1-7]\. .*\?\n~~~", README.read_text(), re.MULTILINE)) == 7
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 12
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=[f"block{i}" for i in range(1, len(BLOCKS))])
 def test_example(block: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if "DATABASE_URL" in block:
         cluster: Cluster = request.getfixturevalue("cluster")
-        run(block, tmp_path, DATABASE_URL=str(cluster.url("postgresql+psycopg")))
+        url = cluster.url("postgresql+psycopg")
+        other = url.set(database="other")
+        engine = create_engine(url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text("DROP DATABASE IF EXISTS other"))
+            connection.execute(text("CREATE DATABASE other"))
+        engine.dispose()
+        run(block, tmp_path, DATABASE_URL=str(url), OTHER_DATABASE_URL=str(other))
     else:
         run(block, tmp_path)
 

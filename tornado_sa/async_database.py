@@ -10,23 +10,30 @@ from contextvars import copy_context
 from inspect import isawaitable
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar, cast
 
-from sqlalchemy import URL, select
+from sqlalchemy import URL, Engine, select
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
+    create_async_engine,
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from tornado_sa import in_doubt
 from tornado_sa.after_commit import LaterCall
+from tornado_sa.binds import bound_engines, distinct
 from tornado_sa.blocks import AsyncBlock
 from tornado_sa.bridge import BridgedSession, bridged_class, complete, cross, is_bridged, step_aside
+from tornado_sa.changes import connections_of
 from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
+from tornado_sa.decisions import Decisions
 from tornado_sa.ending import log_failed_call, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import async_engine
+from tornado_sa.in_doubt import InDoubt
 from tornado_sa.scope import Scope, current, current_scope
+from tornado_sa.two_phase import two_phase_class
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,8 +47,11 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
 
     ``url``
         A ``str``, a ``sqlalchemy.URL`` or a ready ``AsyncEngine``.
+    ``binds``
+        Further databases of the same sessions. As for `.Database`.
     ``engine_options``
-        Passed to ``sqlalchemy.ext.asyncio.create_async_engine``.
+        Passed to ``sqlalchemy.ext.asyncio.create_async_engine``, for each engine
+        that is made from a URL.
     ``session_options``
         Passed to ``async_sessionmaker``, with the same two defaults as
         `.Database` has.
@@ -61,6 +71,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         self,
         url: str | URL | AsyncEngine,
         *,
+        binds: Mapping[Any, str | URL | AsyncEngine] | None = None,
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
         ping_after: float | None = 30.0,
@@ -69,9 +80,24 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     ) -> None:
         #: The SQLAlchemy engine.
         self.engine: AsyncEngine = async_engine(url, engine_options, ping_after)
+        #: The engine of each key of ``binds``.
+        self.binds: dict[Any, AsyncEngine] = bound_engines(
+            (url, self.engine),
+            binds,
+            session_options,
+            lambda other: async_engine(
+                other, None if isinstance(other, AsyncEngine) else engine_options, ping_after
+            ),
+        )
+        others = [engine.sync_engine for engine in self.binds.values()]
+        decisions = Decisions(self.engine.sync_engine, self._engine_for_decisions)
         options = {"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
+        if others:
+            options["binds"] = self.binds
         plain = options.pop("sync_session_class", None)
         plain = plain or options.get("class_", AsyncSession).sync_session_class
+        if options.get("twophase"):
+            plain = two_phase_class(plain, [self.engine.sync_engine, *others], decisions)
         options["sync_session_class"] = bridged_class(plain, debug)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: async_sessionmaker[AsyncSession] = async_sessionmaker(**options)
@@ -81,6 +107,8 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
             options["sync_session_class"],
             hold_warning,
             debug,
+            others,
+            decisions,
         )
         #: The current scope's session, usable from anywhere below the scope.
         self.session: async_scoped_session[AsyncSession] = async_scoped_session(
@@ -91,6 +119,10 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         #: the bridge.
         self.sync_session: scoped_session[Session] = scoped_session(sessionmaker(), current_scope)
         self.sync_session.registry = ScopeRegistry(self, self.plain_session_in)
+
+    def _engine_for_decisions(self) -> Engine:
+        pool = self.engine.sync_engine.pool.recreate()
+        return create_async_engine(self.engine.url, pool=pool).sync_engine
 
     def scope(self, label: str | None = None) -> AsyncBlock:
         """Open a new scope: a unit of work with its own session, rolled back at its end.
@@ -184,12 +216,16 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     async def ping(self, timeout: float = 5.0) -> Literal[True]:
         """Return True when the database answers within ``timeout`` seconds.
 
+        With ``binds``, when all do.
+
         Raises what SQLAlchemy or the driver raised, or ``TimeoutError``. A
         handler that lets the error pass answers 503.
         """
         try:
-            async with asyncio.timeout(timeout), self.engine.connect() as connection:
-                await connection.execute(select(1))
+            async with asyncio.timeout(timeout):
+                for engine in distinct([self.engine, *self.binds.values()]):
+                    async with engine.connect() as connection:
+                        await connection.execute(select(1))
         except TimeoutError as error:
             raise no_answer(self, timeout) from error
         return True
@@ -206,7 +242,24 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
             if not (await asyncio.wait(others, timeout=deadline - time.monotonic()))[0]:
                 break
         self._abandon()
-        await self.engine.dispose()
+        await cross(self._decisions.dispose)
+        for engine in distinct([self.engine, *self.binds.values()]):
+            await engine.dispose()
+
+    async def in_doubt(self) -> list[InDoubt]:
+        """The transactions that are prepared and not ended. See `.Database.in_doubt`."""
+        await step_aside()
+        return await cross(in_doubt.in_doubt, self._engines, [self._decisions])
+
+    async def resolve(self, xid: str, *, commit: bool) -> list[InDoubt]:
+        """End one transaction that is in doubt, by hand. See `.Database.resolve`."""
+        await step_aside()
+        return await cross(in_doubt.resolve, self._engines, [self._decisions], xid, commit)
+
+    async def recover(self) -> list[InDoubt]:
+        """Bring every transaction of ours that is in doubt to its end. See `.Database.recover`."""
+        await step_aside()
+        return await cross(in_doubt.recover, self._engines, self._decisions)
 
 
 def _make_call(call: LaterCall) -> None:
@@ -223,12 +276,17 @@ def _break_off(session: Session) -> None:
     socket, which the next connection is given, and both fail. There the query
     is cancelled on the server, and the rollback waits for it to end.
     """
+    connections = [one for one in connections_of(session) if not one.closed]
+    bind = {"bind": connections[0].engine} if connections else {}  # with binds, there is no default
     try:
-        connection: Any = session.connection().connection
+        connections = connections or [session.connection()]
+        session.connection(bind_arguments=bind)
     except InvalidRequestError as error:  # it is connecting: try again later
         raise IllegalStateChangeError(str(error)) from error
-    if hasattr(connection.driver_connection, "cancel_safe"):
-        connection.dbapi_connection.run_async(lambda driver: driver.cancel_safe())
+    pooled: list[Any] = [one.connection for one in connections]
+    if all(hasattr(one.driver_connection, "cancel_safe") for one in pooled):
+        for one in pooled:
+            one.dbapi_connection.run_async(lambda driver: driver.cancel_safe())
         roll_back_and_close(session)
     else:
         session.invalidate()

@@ -7,18 +7,21 @@ import os
 import time
 import weakref
 from asyncio import Task
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from sqlalchemy import Engine, event
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from tornado_sa.after_commit import LaterCall, remember, take_due, watch_commits
+from tornado_sa.binds import distinct
 from tornado_sa.changes import uncommitted, watch_sessions, watch_writes
+from tornado_sa.decisions import Decisions
 from tornado_sa.ending import discard_connection, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import shown
 from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed, TornadoSAError
@@ -38,7 +41,8 @@ SESSION_DEFAULTS = {"close_resets_only": False, "expire_on_commit": False}
 class Status:
     """What a database is doing at this moment, in this process.
 
-    Figures that the pool in use cannot give are None.
+    With ``binds``, figures are the sums over all engines. Those that the pool
+    in use cannot give are None.
     """
 
     pool_size: int | None
@@ -67,25 +71,31 @@ class DatabaseCore(Generic[SessionT]):
         plain_class: type[Session] | sessionmaker[Any],
         hold_warning: float | None,
         debug: bool,
+        others: Sequence[Engine],
+        decisions: Decisions,
     ) -> None:
         #: True if a response that leaves work uncommitted is an error.
         self.debug: bool = debug
         self._make_session = make_session
         self._sync_engine = engine
+        self._engines = distinct([engine, *others])
+        self._decisions = decisions
         self._open_scopes: set[Scope] = set()
         self._disposed_at = float("-inf")  # seconds of time.monotonic
         self._of_the_parent: list[SessionT] = []
         self._tasks: set[Task[Any]] = set()
-        event.listen(engine, "handle_error", discard_connection)
-        watch_writes(engine)
+        for each in self._engines:
+            event.listen(each, "handle_error", discard_connection)
+            watch_writes(each)
+            if hold_warning is not None:
+                warn_of_long_holds(each, hold_warning)
         watch_sessions(plain_class)
         watch_commits(plain_class)
-        if hold_warning is not None:
-            warn_of_long_holds(engine, hold_warning)
         try:
             make_session()  # so that a wrong option is found now and not at the first request
-        except TypeError as error:
-            raise ConfigurationError(f"session_options are not accepted: {error}") from error
+        except (TypeError, ArgumentError) as error:
+            what = "session_options" if isinstance(error, TypeError) else "binds"
+            raise ConfigurationError(f"{what} are not accepted: {error}") from error
         _databases.add(self)
 
     def __repr__(self) -> str:
@@ -192,12 +202,15 @@ class DatabaseCore(Generic[SessionT]):
 
     def status(self) -> Status:
         """How busy the database is: its pool, and the scopes that are open."""
-        pool = self._sync_engine.pool
 
         def figure(name: str) -> int | None:
-            found = getattr(pool, name, None)  # a method in most pools, a number in one
-            number: int | None = found() if callable(found) else found
-            return None if number is None else max(0, number)
+            known: list[int] = []
+            for engine in self._engines:
+                found = getattr(engine.pool, name, None)  # a method in most pools, a number in one
+                number: int | None = found() if callable(found) else found
+                if number is not None:
+                    known.append(max(0, number))
+            return sum(known) if known else None
 
         return Status(
             pool_size=figure("size"),
@@ -217,7 +230,9 @@ class DatabaseCore(Generic[SessionT]):
 
     def _after_fork(self) -> None:
         """Start afresh in a forked child; the parent's connections stay the parent's."""
-        self._sync_engine.dispose(close=False)
+        for engine in self._engines:
+            engine.dispose(close=False)
+        self._decisions.after_fork()
         for scope in self._open_scopes:
             # Taken out, or the end of the scope would roll back on the parent's socket; and kept,
             # or the garbage collector would.

@@ -9,18 +9,22 @@ from functools import partial
 from inspect import isawaitable, iscoroutine
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
-from sqlalchemy import URL, Engine, select
+from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from tornado_sa import workers
+from tornado_sa import in_doubt, workers
 from tornado_sa.after_commit import LaterCall
+from tornado_sa.binds import bound_engines
 from tornado_sa.blocks import Block, is_coroutine_function
 from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
+from tornado_sa.decisions import Decisions
 from tornado_sa.ending import log_failed_call, logger
 from tornado_sa.engine import sync_engine
 from tornado_sa.errors import ConfigurationError
+from tornado_sa.in_doubt import InDoubt
 from tornado_sa.memory import SharedPool
 from tornado_sa.scope import Scope, current, current_scope
+from tornado_sa.two_phase import two_phase_class
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,8 +41,15 @@ class Database(DatabaseCore[Session]):
         A ``str``, a ``sqlalchemy.URL`` or a ready ``Engine``. A ready engine
         keeps its own pool. In-memory SQLite is one connection, shared by every
         scope and thread: good for trying things out.
+    ``binds``
+        Further databases of the same sessions, by declarative base, mapped
+        class or table: ``binds={Archive: "postgresql+psycopg://..."}``. Values
+        are as for ``url``, which is for all the rest. With
+        ``session_options={"twophase": True}`` their commit is two-phase, and
+        survives a crash: see `recover`.
     ``engine_options``
-        Passed to ``sqlalchemy.create_engine``.
+        Passed to ``sqlalchemy.create_engine``, for each engine that is made
+        from a URL.
     ``session_options``
         Passed to ``sqlalchemy.orm.sessionmaker``. Two defaults differ from
         SQLAlchemy's: ``close_resets_only=False``, so that a closed session
@@ -65,6 +76,7 @@ class Database(DatabaseCore[Session]):
         self,
         url: str | URL | Engine,
         *,
+        binds: Mapping[Any, str | URL | Engine] | None = None,
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
         ping_after: float | None = 30.0,
@@ -73,12 +85,37 @@ class Database(DatabaseCore[Session]):
     ) -> None:
         #: The SQLAlchemy engine.
         self.engine: Engine = sync_engine(url, engine_options, ping_after)
-        #: Makes sessions that belong to no scope; you close those yourself.
-        self.sessionmaker: sessionmaker[Session] = sessionmaker(
-            **{"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
+        #: The engine of each key of ``binds``.
+        self.binds: dict[Any, Engine] = bound_engines(
+            (url, self.engine),
+            binds,
+            session_options,
+            lambda other: sync_engine(
+                other, None if isinstance(other, Engine) else engine_options, ping_after
+            ),
         )
+        options = {"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
+        others = list(self.binds.values())
+        decisions = Decisions(
+            self.engine, lambda: create_engine(self.engine.url, pool=self.engine.pool.recreate())
+        )
+        if others:
+            options["binds"] = self.binds
+        if options.get("twophase"):
+            base = options.get("class_", Session)
+            options["class_"] = two_phase_class(base, [self.engine, *others], decisions)
+        #: Makes sessions that belong to no scope; you close those yourself.
+        self.sessionmaker: sessionmaker[Session] = sessionmaker(**options)
         self._workers = workers.Workers()
-        super().__init__(self.sessionmaker, self.engine, self.sessionmaker, hold_warning, debug)
+        super().__init__(
+            self.sessionmaker,
+            self.engine,
+            self.sessionmaker,
+            hold_warning,
+            debug,
+            others,
+            decisions,
+        )
         #: The current scope's session, usable from anywhere below the scope.
         self.session: scoped_session[Session] = scoped_session(self.sessionmaker, current_scope)
         self.session.registry = ScopeRegistry(self, self.session_in)
@@ -158,7 +195,9 @@ class Database(DatabaseCore[Session]):
         # In place where a worker would wait for itself, in an event loop that another `fn` runs;
         # and in memory, where a worker and the loop would undo each other's work: their
         # transactions are one.
-        if workers.is_worker(scope) or isinstance(self.engine.pool, SharedPool):
+        if workers.is_worker(scope) or any(
+            isinstance(engine.pool, SharedPool) for engine in self._engines
+        ):
             result: Any = copy_context().run(fn, *args, **kwargs)
         else:
             call = workers.Call(fn, args, kwargs)
@@ -220,6 +259,8 @@ class Database(DatabaseCore[Session]):
     def ping(self, timeout: float = 5.0) -> Literal[True]:
         """Return True when the database answers; block for at most ``timeout`` seconds.
 
+        With ``binds``, when all do.
+
         Raises what SQLAlchemy raised, or ``TimeoutError``. A handler that lets
         the error pass answers 503.
         """
@@ -227,8 +268,9 @@ class Database(DatabaseCore[Session]):
 
         def ask() -> None:
             try:
-                with self.engine.connect() as connection:
-                    connection.execute(select(1))
+                for engine in self._engines:
+                    with engine.connect() as connection:
+                        connection.execute(select(1))
             except BaseException as error:
                 outcome.append(error)
 
@@ -257,7 +299,46 @@ class Database(DatabaseCore[Session]):
         if running:
             logger.warning("%r is disposed of while still at work: %s", self, running)
         self._abandon()
-        self.engine.dispose()
+        self._decisions.dispose()
+        for engine in self._engines:
+            engine.dispose()
+
+    def in_doubt(self) -> list[InDoubt]:
+        """The transactions that are prepared, and neither committed nor rolled back.
+
+        Of all engines, and of other applications too, marked by ``ours``. MySQL
+        and MariaDB list those of the whole server.
+
+        Raises `.ConfigurationError` for a database without two-phase commit.
+        """
+        return in_doubt.in_doubt(self._engines, [self._decisions])
+
+    def resolve(self, xid: str, *, commit: bool) -> list[InDoubt]:
+        """End one transaction that is in doubt, by hand; return its branches.
+
+        ``xid`` is an id as `in_doubt` lists it. If it is one of ours, the
+        decision is stored first, and all branches are ended that this database
+        sees. One of another application is ended as it is.
+
+        Raises `.TornadoSAError` if no such transaction is in doubt, if the
+        opposite was decided, and if a living process still has it.
+        """
+        return in_doubt.resolve(self._engines, [self._decisions], xid, commit)
+
+    def recover(self) -> list[InDoubt]:
+        """Bring every transaction of ours that is in doubt to its end; return them.
+
+        Call it at start-up. Where the decision to commit was stored, all
+        branches are committed, else all are rolled back. It is safe while other
+        processes are at work: one that is just between its two phases is told
+        that its transaction was rolled back, before it has committed anything.
+        Those of other applications are left alone.
+
+        Raises what the databases raise; all of them must be reachable. A branch
+        that its process still holds, on MySQL and MariaDB, is left to it, with
+        a line in the log.
+        """
+        return in_doubt.recover(self._engines, self._decisions)
 
     def _after_fork(self) -> None:
         super()._after_fork()

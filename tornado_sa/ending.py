@@ -31,7 +31,8 @@ def roll_back_and_close(session: Session) -> None:
     """
     token = _ending.set(True)
     try:
-        if not session.is_active:
+        # Not after a failed two-phase commit: some branches are committed, others must be.
+        if not session.is_active and not session.twophase:
             session.expunge_all()
             session.rollback()
         session.close()

@@ -1,8 +1,8 @@
 """The handlers: plain ``Session`` code, one unit of work per request.
 
-A verb that writes calls ``self.session.commit()`` before it writes the response,
-so that no client is told of something that was not stored. A verb that raises
-has committed nothing, and its session is rolled back.
+A verb that writes is ``@transactional``: its COMMIT comes before the response, so
+that no client is told of something that was not stored. A verb that raises has
+its work rolled back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tornado.web import HTTPError
 
 from example_app.fields import DEFAULT_LIMIT, Fields, Refused, path_id, row_limit
 from example_app.models import MAX_INTEGER, MAX_MEMO, MAX_OWNER, Account, Transfer, money
-from tornado_sa import SessionHandler
+from tornado_sa import SessionHandler, transactional
 
 
 class LedgerHandler(SessionHandler):
@@ -75,6 +75,7 @@ class AccountsHandler(LedgerHandler):
         accounts = self.session.scalars(select(Account).order_by(Account.id).limit(self.limit()))
         self.write({"accounts": [account.as_json() for account in accounts]})
 
+    @transactional
     def post(self) -> None:
         """Open an account: ``{"owner": "Ada", "currency": "EUR", "balance": 10000}``."""
         fields = Fields(self.request.body, "owner", "currency", "balance")
@@ -84,7 +85,7 @@ class AccountsHandler(LedgerHandler):
             balance=fields.integer("balance", least=0, default=0),
         )
         self.session.add(account)
-        self.session.commit()
+        self.session.flush()  # for its id
         self.write_created(f"/accounts/{account.id}", account.as_json())
 
 
@@ -106,6 +107,7 @@ class TransfersHandler(LedgerHandler):
         )
         self.write({"transfers": [transfer.as_json() for transfer in transfers]})
 
+    @transactional(retries=3)
     def post(self) -> None:
         """Move money: ``{"from": 1, "to": 2, "amount": 250, "memo": "lunch"}``."""
         fields = Fields(self.request.body, "from", "to", "amount", "memo")
@@ -118,7 +120,7 @@ class TransfersHandler(LedgerHandler):
         self.check_accounts(transfer)
         self.move_money(transfer)
         self.session.add(transfer)
-        self.session.commit()
+        self.session.flush()  # for its id
         self.write_created(f"/transfers/{transfer.id}", transfer.as_json())
 
     def check_accounts(self, transfer: Transfer) -> None:

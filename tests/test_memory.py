@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
-from tornado.web import Application, HTTPError, RequestHandler
+from tornado.web import Application, Finish, HTTPError, RequestHandler
 
 from tests.support import Flavour, Note, settle, until
 from tornado_sa import SessionHandler, current_scope
@@ -30,24 +30,30 @@ def no_garbage_collector() -> Iterator[None]:
         gc.enable()
 
 
-@pytest.mark.parametrize("ends", ["returns", "HTTPError", "finish", "405"])
+@pytest.mark.parametrize("methods", [frozenset(), frozenset({"GET"})], ids=["", "transactional"])
+@pytest.mark.parametrize("ends", ["returns", "HTTPError", "Finish", "finish", "405"])
 @pytest.mark.gen_test
-async def test_no_reference_cycle(flavour: Flavour, serve: Any, ends: str) -> None:
+async def test_no_reference_cycle(
+    flavour: Flavour, serve: Any, ends: str, methods: frozenset[str]
+) -> None:
     """Handler, session and scope are gone without the garbage collector."""
     watched: list[weakref.ref[Any]] = []
 
     class Handler(flavour.Handler):
+        transactional_methods = methods
+
         def initialize(self) -> None:
             watched.append(weakref.ref(self))
 
         async def get(self) -> None:
-            self.session.add(Note(text="lost"))
-            await settle(self.session.flush())
+            await settle(self.session.get(Note, 1))
             watched.extend(weakref.ref(kept) for kept in (self.session, current_scope()))
             if flavour.is_async and not flavour.is_bridged:
                 watched.append(weakref.ref(self.session.sync_session))
             if ends == "HTTPError":
                 raise HTTPError(400)
+            if ends == "Finish":
+                raise Finish
             if ends == "finish":
                 self.finish()
 

@@ -14,7 +14,17 @@ from tornado.log import app_log
 from tornado.template import DictLoader
 from tornado.web import Finish, HTTPError, RequestHandler
 
-from tests.support import ASYNC, BRIDGED, POSTGRESQL, SYNC, Flavour, Note, Reply, only, settle
+from tests.support import (
+    CANCELLED_LOG,
+    POSTGRESQL,
+    Flavour,
+    Note,
+    RawClient,
+    Reply,
+    only,
+    settle,
+    until,
+)
 from tornado_sa import (
     BaseHandler,
     ConfigurationError,
@@ -610,7 +620,6 @@ async def test_http_error_in_the_verb(flavour: Flavour, serve: Any) -> None:
     assert flavour.texts() == []
 
 
-@only(*SYNC, *ASYNC, *BRIDGED)
 @pytest.mark.gen_test
 async def test_error_page_may_use_the_session(
     flavour: Flavour, serve: Any, expected_log: list[str]
@@ -629,6 +638,66 @@ async def test_error_page_may_use_the_session(
 
     response = await serve(Handler)(method="POST")
     assert (response.code, response.body) == (500, b"sorry, True")
+
+
+@pytest.mark.gen_test
+async def test_error_page_may_show_what_was_loaded(
+    flavour: Flavour, serve: Any, expected_log: list[str]
+) -> None:
+    """On an AsyncSession too, where nothing could be loaded again."""
+    expected_log.append(UNCAUGHT)
+
+    class Handler(flavour.Handler):
+        async def prepare(self) -> None:
+            await settle(super().prepare())
+            self.note = await settle(self.session.get(Note, 1))
+
+        def write_error(self, status_code: int, **kwargs: Any) -> None:
+            self.finish(f"sorry, {self.note.text}")
+
+        @transactional
+        async def post(self) -> None:
+            self.session.add(Reply(note_id=-1))
+
+    await flavour.in_scope(lambda session: session.add(Note(id=1, text="Ada")), commit=True)
+    response = await serve(Handler)(method="POST")
+    assert (response.code, response.body) == (500, b"sorry, Ada")
+
+
+# -- a client that goes away ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.gen_test
+async def test_client_goes_away_while_the_verb_waits(
+    flavour: Flavour, serve: Any, base_url: str, expected_log: list[str], cancels: bool
+) -> None:
+    """The verb runs to its end and commits; with cancel_on_disconnect it is rolled back."""
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    class Handler(flavour.Handler):
+        cancel_on_disconnect = cancels
+
+        @transactional
+        async def post(self) -> None:
+            self.session.add(Note(text="whole"))
+            await settle(self.session.flush())
+            self.finish("stored")
+            waits.set()
+            await goes_on.wait()
+
+    serve(Handler)
+    if cancels:
+        expected_log += CANCELLED_LOG
+    async with RawClient(base_url) as client:
+        await client.send("POST / HTTP/1.1\nHost: x\nContent-Length: 0\n")
+        await waits.wait()
+        client.vanish()
+        if not cancels:
+            await asyncio.sleep(0.02)
+            goes_on.set()
+        await until(lambda: flavour.checked_out() == 0)
+    assert flavour.texts() == ([] if cancels else ["whole"])
 
 
 # -- many at once ---------------------------------------------------------------------

@@ -249,7 +249,10 @@ async def run(
     if finished:
         handler._finish_held()
     if finish is not None:
-        raise finish
+        try:
+            raise finish
+        finally:
+            del finish  # its traceback holds this frame
 
 
 async def _try(
@@ -275,8 +278,9 @@ async def _try(
             again = is_retryable(error)
             if again or unit.committing or unit.finished:
                 unit.undo()
-            await _in_session(handler, _roll_back)
-            if tries > retries or not again:
+            again = again and tries <= retries
+            await _in_session(handler, _roll_back, handler._sa_plain or again)
+            if not again:
                 raise
             pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**tries))
             logger.warning(
@@ -299,12 +303,12 @@ async def _once(
         if result is not None:
             await result
     except Finish as error:
-        finish = error
+        finish = error.with_traceback(None)  # which holds this frame
     if handler.should_commit():
         unit.committing = True
         await _in_session(handler, _commit)
     else:
-        await _in_session(handler, _roll_back)
+        await _in_session(handler, _roll_back, handler._sa_plain)
     return finish
 
 
@@ -329,7 +333,10 @@ def _commit(session: Session) -> None:
     session.commit()
 
 
-def _roll_back(session: Session) -> None:
+def _roll_back(session: Session, loads_again: bool) -> None:
+    """Roll back. What was loaded is loaded again at its next use, or else stays as it is."""
+    if not loads_again:  # an error page may show the current user, and cannot await in there
+        session.expunge_all()
     session.rollback()
 
 
@@ -341,7 +348,8 @@ def _begin_afresh(session: Session, isolation_level: str) -> None:
             f"A transaction with isolation_level={isolation_level!r} cannot begin while work waits"
             f" for a COMMIT: {lost}. Do it in the verb, or commit it before."
         )
-    commit_reads(session)
+    if session.in_transaction():
+        commit_reads(session)
     bind = {"bind": session.bind} if session.bind is not None else None
     session.connection(bind, execution_options={"isolation_level": isolation_level})
 

@@ -690,7 +690,7 @@ async def test_client_goes_away_while_the_verb_waits(
     if cancels:
         expected_log += CANCELLED_LOG
     async with RawClient(base_url) as client:
-        await client.send("POST / HTTP/1.1\nHost: x\nContent-Length: 0\n")
+        await client.send("POST / HTTP/1.1\nHost: x\nContent-Length: 0")
         await waits.wait()
         client.vanish()
         if not cancels:

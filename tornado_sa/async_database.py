@@ -23,6 +23,7 @@ from tornado_sa.bridge import BridgedSession, bridged_class, cross, is_bridged, 
 from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
 from tornado_sa.ending import log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import async_engine
+from tornado_sa.reader import Reader, make_reader
 from tornado_sa.scope import Scope, current_scope
 
 P = ParamSpec("P")
@@ -42,7 +43,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     ``session_options``
         Passed to ``async_sessionmaker``, with the same two defaults as
         `.Database` has.
-    ``ping_after``, ``hold_warning``
+    ``reader_url``, ``ping_after``, ``hold_warning``
         As for `.Database`.
     ``debug``
         Raise `.ConcurrentAccess`, with the names of both tasks, when two tasks
@@ -58,6 +59,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         self,
         url: str | URL | AsyncEngine,
         *,
+        reader_url: str | URL | None = None,
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
         ping_after: float | None = 30.0,
@@ -72,9 +74,14 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         options["sync_session_class"] = bridged_class(plain, debug)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: async_sessionmaker[AsyncSession] = async_sessionmaker(**options)
+        reader = make_reader(
+            async_engine, url, reader_url, engine_options, session_options, ping_after
+        )
+        self._reader: Reader[AsyncEngine]
         super().__init__(
             self.sessionmaker,
             self.engine.sync_engine,
+            reader,
             options["sync_session_class"],
             hold_warning,
         )
@@ -89,13 +96,18 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         self.sync_session.registry = ScopeRegistry(self, self.plain_session_in)
         self._tasks: set[Task[Any]] = set()
 
-    def scope(self, label: str | None = None) -> AsyncBlock:
+    @property
+    def reader(self) -> AsyncEngine:
+        """The engine of units of work that only read. See `.Database.reader`."""
+        return self._reader.engine
+
+    def scope(self, label: str | None = None, *, read_only: bool = False) -> AsyncBlock:
         """Open a new scope: a unit of work with its own session, rolled back at its end.
 
         An async context manager that yields the session, and a decorator for
         coroutine functions. See `.Database.scope`.
         """
-        return AsyncBlock(self, label, commit=False)
+        return AsyncBlock(self, label, read_only=read_only)
 
     def begin(self, label: str | None = None) -> AsyncBlock:
         """Like `scope`, with COMMIT on leaving and ROLLBACK on an exception."""
@@ -201,6 +213,8 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
                 break
         self._abandon()
         await self.engine.dispose()
+        if (reader := self._reader.engine_or_none) is not None:
+            await reader.dispose()
 
     def _after_fork(self) -> None:
         super()._after_fork()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from asyncio import Task
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tornado_sa.errors import NoActiveScope, ScopeClosed
@@ -20,6 +21,14 @@ current: ContextVar[Scope | None] = ContextVar("tornado_sa.scope", default=None)
 
 # The path of a request can be as long as Tornado lets headers be, 64 KiB. A log line should not.
 _LABEL_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOnly:
+    """How a unit of work reads that only reads."""
+
+    #: In a transaction, as server-side cursors need one.
+    stream: bool
 
 
 class SessionOwner(Protocol):
@@ -37,7 +46,15 @@ class Scope:
     ``db.scope()`` and ``db.begin()``, not by calling this class.
     """
 
-    __slots__ = ("__weakref__", "_label", "_sessions", "closed", "entered", "opened_at")
+    __slots__ = (
+        "__weakref__",
+        "_label",
+        "_sessions",
+        "closed",
+        "entered",
+        "opened_at",
+        "read_only",
+    )
 
     def __init__(self, *label: str) -> None:
         # In pieces, for most are never shown. Joined here, they would cost an idle request more
@@ -49,6 +66,8 @@ class Scope:
         self.entered: bool = False
         #: When it was opened, in seconds of `time.monotonic`.
         self.opened_at: float = time.monotonic()
+        #: Set if the unit of work only reads. Its sessions are made accordingly.
+        self.read_only: ReadOnly | None = None
         self._sessions: dict[SessionOwner, Any] = {}
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ from tornado_sa.database import Database
 from tornado_sa.entry import wrap_entry_points
 from tornado_sa.errors import UncommittedChanges
 from tornado_sa.request import DONE, RequestScope
+from tornado_sa.verbs import verbs_that_read
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ class BaseHandler(RequestScope):
                 f"{cls.__name__}: BaseHandler must come before the handler class, or Tornado's own"
                 f" methods hide it. Write: class {cls.__name__}(BaseHandler, {handler.__name__})"
             )
+        cls._sa_reading = verbs_that_read(cls)
         wrap_entry_points(cls)
 
     # -- the session ---------------------------------------------------------

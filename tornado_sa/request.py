@@ -18,7 +18,7 @@ from tornado_sa.database import Database
 from tornado_sa.ending import logger
 from tornado_sa.errors import ConfigurationError
 from tornado_sa.responses import RETRY_AFTER, status_for, summary
-from tornado_sa.scope import Scope, current
+from tornado_sa.scope import ReadOnly, Scope, current
 
 AnyDatabase = TypeVar("AnyDatabase", bound=DatabaseCore[Any])
 
@@ -51,6 +51,11 @@ class RequestScope(_Handler):
     #: cancelled: an event always runs to its end.
     cancel_on_disconnect: ClassVar[bool] = False
 
+    #: The verbs that only read, in upper case: ``frozenset({"GET", "HEAD"})``.
+    #: As if each were decorated with `.read_only`. Read when the class is made.
+    read_only_methods: ClassVar[frozenset[str]] = frozenset()
+
+    _sa_reading: ClassVar[dict[str, ReadOnly]] = {}  # by the name of the verb
     _sa_plain: ClassVar[bool] = True  # self.session is a plain Session
     _sa_bridge: AsyncDatabase | None = None  # and its database an async one: it needs the bridge
     _sa_scope: Scope | None = None  # in a WebSocket handler a property: see events.py
@@ -92,7 +97,9 @@ class RequestScope(_Handler):
         """Return the request's scope, which may be over; make it if there is none yet."""
         if self._sa_scope is None:
             request = self.request
-            self._sa_scope = Scope(request.method or "", request.path)
+            scope = self._sa_scope = Scope(request.method or "", request.path)
+            if self._sa_reading:  # now, so that prepare() reads as the verb does
+                scope.read_only = self._sa_reading.get(request.method or "")
             if self._sa_plain:
                 database = self._database()
                 if getattr(database, "needs_bridge", False):

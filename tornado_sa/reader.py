@@ -229,11 +229,20 @@ def _save_round_trips(dialect: Dialect) -> None:
     resets each connection. asyncpg and psycopg know better and send nothing. The MySQL drivers do
     send it, and aiosqlite crosses to its thread. (``skip_autocommit_rollback`` is for ROLLBACK
     only, from SQLAlchemy 2.0.43.)
+
+    Not so over a connection that is busy with a forgotten task's statement: the next user would
+    wait for it. The ROLLBACK waits or fails, and with the latter the connection is discarded.
+    asyncpg, which has nothing to send, fails as it does in a transaction.
     """
 
     def unless_idle(end: Callable[[Any], None]) -> Callable[[Any], None]:
         def end_transaction(connection: Any) -> None:
-            if not _is_idle(connection):
+            # Private, and there is no other way to ask.
+            mutex = getattr(connection.dbapi_connection, "_execute_mutex", None)
+            busy = mutex is not None and mutex.locked()
+            if busy and dialect.driver == "asyncpg":
+                raise dialect.loaded_dbapi.InterfaceError("another task's statement is in progress")
+            if busy or not _is_idle(connection):
                 end(connection)
 
         return end_transaction

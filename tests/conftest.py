@@ -16,7 +16,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine, event, make_url
+from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy.exc import OperationalError
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 
@@ -25,6 +26,7 @@ from tests.support import (
     ASYNC,
     BRIDGED,
     DRIVERS,
+    MARIADB,
     SYNC,
     Base,
     Flavour,
@@ -38,6 +40,9 @@ from tornado_sa import scope
 POSTGRESQL_URL = os.environ.get(
     "TORNADO_SA_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432/postgres"
 )
+
+
+MARIADB_URL = os.environ.get("TORNADO_SA_MARIADB", "mariadb://root@127.0.0.1:3306/test")
 
 
 @pytest.fixture
@@ -77,6 +82,25 @@ def postgresql_tables(postgresql_url: str) -> Iterator[Any]:
     engine.dispose()
 
 
+@pytest.fixture(scope="session")
+def mariadb_notes() -> Iterator[Any]:
+    """A database of this test run's own, with the table of notes."""
+    name = f"tornado_sa_{uuid.uuid4().hex[:12]}"
+    server = create_engine(make_url(MARIADB_URL).set(drivername="mariadb+pymysql"))
+    try:
+        with server.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+    except OperationalError as error:
+        missing("mariadb", error)
+    engine = create_engine(server.url.set(database=name))
+    Base.metadata.create_all(engine, tables=[Base.metadata.tables["note"]])
+    yield engine
+    engine.dispose()
+    with server.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name}"))
+    server.dispose()
+
+
 @pytest.fixture(params=SYNC + ASYNC + BRIDGED)
 def flavour(request: pytest.FixtureRequest, tmp_path: Path, io_loop: IOLoop) -> Iterator[Flavour]:
     """Every database, with empty tables; narrowed down with ``@only(...)``."""
@@ -86,6 +110,11 @@ def flavour(request: pytest.FixtureRequest, tmp_path: Path, io_loop: IOLoop) -> 
         admin = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
         check_foreign_keys(admin)
         Base.metadata.create_all(admin)
+    elif name in MARIADB:
+        admin = request.getfixturevalue("mariadb_notes")
+        url = admin.url.set(drivername=DRIVERS[name]).render_as_string(hide_password=False)
+        with admin.begin() as connection:
+            connection.execute(Base.metadata.tables["note"].delete())
     else:
         admin = request.getfixturevalue("postgresql_tables")
         given = make_url(request.getfixturevalue("postgresql_url"))
@@ -155,15 +184,17 @@ def no_stray_log_line(caplog: pytest.LogCaptureFixture, expected_log: list[str])
 
 @pytest.fixture
 def statements(flavour: Flavour) -> Iterator[list[str]]:
-    """The statements that the application's engine sent, in order."""
+    """The statements that the application's engine and its reader sent, in order."""
     sent: list[str] = []
 
     def record(_conn: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         sent.append(statement)
 
-    event.listen(flavour.sync_engine, "before_cursor_execute", record)
+    for engine in flavour.sync_engines:
+        event.listen(engine, "before_cursor_execute", record)
     yield sent
-    event.remove(flavour.sync_engine, "before_cursor_execute", record)
+    for engine in flavour.sync_engines:
+        event.remove(engine, "before_cursor_execute", record)
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import inspect
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import pytest
 import tornado
-from sqlalchemy import Engine, ForeignKey, event
+from sqlalchemy import Engine, ForeignKey, String, Text, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from tornado_sa import (
@@ -25,7 +25,8 @@ T = TypeVar("T")
 
 
 class Base(DeclarativeBase):
-    pass
+    # MariaDB has no VARCHAR without a length.
+    type_annotation_map: ClassVar = {str: String().with_variant(Text(), "mysql", "mariadb")}
 
 
 class Note(Base):
@@ -92,6 +93,12 @@ class Flavour:
         return engine
 
     @property
+    def sync_engines(self) -> list[Engine]:
+        """The engine, and the reader."""
+        reader = self.db.reader
+        return [self.sync_engine, reader.sync_engine if self.is_async else reader]
+
+    @property
     def dialect(self) -> str:
         return self.sync_engine.dialect.name
 
@@ -101,9 +108,9 @@ class Flavour:
             return list(connection.scalars(Note.__table__.select().with_only_columns(Note.text)))
 
     def checked_out(self) -> int:
-        pool: Any = self.sync_engine.pool  # not every Pool counts; those of the flavours do
-        checked_out: int = pool.checkedout()
-        return checked_out
+        # Not every Pool counts; those of the flavours do.
+        pools: list[Any] = [self.db.engine.pool, self.db.reader.pool]
+        return sum(pool.checkedout() for pool in pools)
 
     async def in_scope(self, function: Callable[[Any], Any], *, commit: bool = False) -> Any:
         """Call ``function(session)`` in a unit of work of its own."""
@@ -122,6 +129,7 @@ class Flavour:
 SYNC = ["sqlite", "psycopg"]
 ASYNC = ["aiosqlite", "asyncpg", "psycopg_async"]
 BRIDGED = ["bridged_aiosqlite", "bridged_asyncpg", "bridged_psycopg"]
+MARIADB = ["pymysql", "aiomysql", "bridged_aiomysql"]  # for tests that ask for them
 POSTGRESQL = ["psycopg", "asyncpg", "psycopg_async", "bridged_asyncpg", "bridged_psycopg"]
 DRIVERS = {
     "sqlite": "sqlite",
@@ -132,14 +140,18 @@ DRIVERS = {
     "bridged_aiosqlite": "sqlite+aiosqlite",
     "bridged_asyncpg": "postgresql+asyncpg",
     "bridged_psycopg": "postgresql+psycopg",
+    "pymysql": "mariadb+pymysql",
+    "aiomysql": "mariadb+aiomysql",
+    "bridged_aiomysql": "mariadb+aiomysql",
 }
 
 
 def make_database(name: str, url: str, **options: Any) -> Any:
     """Make the database of a flavour, with SQLite's foreign keys checked."""
-    made: Any = Database(url, **options) if name in SYNC else AsyncDatabase(url, **options)
+    is_sync = name in (*SYNC, "pymysql")
+    made: Any = Database(url, **options) if is_sync else AsyncDatabase(url, **options)
     if "sqlite" in url:
-        check_foreign_keys(made.engine if name in SYNC else made.engine.sync_engine)
+        check_foreign_keys(made.engine if is_sync else made.engine.sync_engine)
     return made
 
 

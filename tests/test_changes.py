@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from tests.support import Base, Document, Flavour, Note, Reply, only
-from tornado_sa.changes import _writes, uncommitted, watch_sessions, watch_writes
+from tornado_sa.changes import uncommitted, watch_sessions, watch_writes, writing_word
 
 KEY = 1_000_000  # not one that PostgreSQL hands out
 Run = Callable[[Callable[[Session], Any]], Any]
@@ -377,7 +377,7 @@ def test_watching_twice_is_watching_once(flavour: Flavour) -> None:
     ],
 )
 def test_which_text_writes(statement: str, verb: str | None) -> None:
-    assert _writes(statement) == verb
+    assert writing_word(statement) == verb
 
 
 @only("psycopg", "asyncpg", "psycopg_async")

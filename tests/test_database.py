@@ -251,18 +251,19 @@ async def test_dispose_waits_for_closings(flavour: Flavour) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
 @only("psycopg", "asyncpg")
+@pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.gen_test
-async def test_fork_leaves_the_parents_connections_alone(flavour: Flavour) -> None:
+async def test_fork_leaves_the_parents_connections_alone(flavour: Flavour, read_only: bool) -> None:
     """The child starts with a fresh pool; the parent goes on with its connection."""
 
     def backend(db: Any) -> Any:
         async def ask() -> Any:
-            async with db.scope() as session:
+            async with db.scope(read_only=read_only) as session:
                 return await session.scalar(text("SELECT pg_backend_pid()"))
 
         if flavour.is_async:
             return ask()
-        with db.scope() as session:
+        with db.scope(read_only=read_only) as session:
             return session.scalar(text("SELECT pg_backend_pid()"))
 
     mine = await settle(backend(flavour.db))

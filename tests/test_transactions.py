@@ -29,6 +29,7 @@ from tornado_sa import (
     BaseHandler,
     ConfigurationError,
     SessionHandler,
+    read_only,
     transactional,
 )
 
@@ -558,11 +559,33 @@ def test_wrong_transactional_methods(methods: Any) -> None:
 
 
 def test_not_on_a_verb() -> None:
-    with pytest.raises(ConfigurationError, match=r"Handler\.helper is no verb"):
+    with pytest.raises(ConfigurationError, match=r"Handler\.helper\(\) is no verb"):
 
         class Handler(SessionHandler):
             @transactional
             def helper(self) -> None: ...
+
+
+def test_transactional_and_read_only() -> None:
+    """A decorator counts for more than a name on the class; both of one kind are refused."""
+
+    class Base(SessionHandler):
+        transactional_methods = frozenset({"GET", "POST"})
+
+    class Reads(Base):
+        @read_only
+        def get(self) -> None: ...
+
+    assert set(Reads._sa_transactions) == {"POST"}
+    assert set(Reads._sa_reading) == {"GET"}
+    with pytest.raises(ConfigurationError, match="Named: POST cannot be transactional and read"):
+        type("Named", (Base,), {"read_only_methods": frozenset({"POST"})})
+    with pytest.raises(ConfigurationError, match="Marked: GET cannot be transactional and read"):
+
+        class Marked(SessionHandler):
+            @transactional
+            @read_only
+            def get(self) -> None: ...
 
 
 @only("sqlite")

@@ -13,7 +13,7 @@ from tornado_sa.errors import (
 )
 from tornado_sa.handlers import AsyncSessionHandler, BaseHandler, SessionHandler
 from tornado_sa.scope import Scope, current_scope
-from tornado_sa.transactions import transactional
+from tornado_sa.verbs import read_only, transactional
 from tornado_sa.websocket import AsyncSessionWebSocketHandler, SessionWebSocketHandler
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "TornadoSAError",
     "UncommittedChanges",
     "current_scope",
+    "read_only",
     "transactional",
 ]

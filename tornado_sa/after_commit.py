@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from sqlalchemy import event
@@ -23,16 +24,15 @@ class LaterCall:
     def __init__(
         self, session: Session, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
+        self._call = partial(function, *args, **kwargs)
+        name = getattr(function, "__qualname__", None)
+        #: What the log calls it.
+        self.name: str = name or type(function).__qualname__
         # The savepoint it was asked for in, which takes it back when it is rolled back itself.
         self._savepoint = session.get_nested_transaction()
 
     def __call__(self) -> Any:
-        return self.function(*self.args, **self.kwargs)
-
-    @property
-    def name(self) -> str:
-        return getattr(self.function, "__qualname__", None) or type(self.function).__qualname__
+        return self._call()
 
     def is_within(self, transaction: SessionTransaction) -> bool:
         """True if it was asked for in ``transaction`` or in a savepoint inside it."""

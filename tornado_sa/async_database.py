@@ -32,6 +32,7 @@ from tornado_sa.decisions import Decisions
 from tornado_sa.ending import log_failed_call, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import async_engine
 from tornado_sa.in_doubt import InDoubt
+from tornado_sa.reader import Reader, make_reader
 from tornado_sa.scope import Scope, current, current_scope
 from tornado_sa.two_phase import two_phase_class
 
@@ -55,7 +56,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     ``session_options``
         Passed to ``async_sessionmaker``, with the same two defaults as
         `.Database` has.
-    ``ping_after``, ``hold_warning``
+    ``reader_url``, ``ping_after``, ``hold_warning``
         As for `.Database`.
     ``debug``
         Raise `.ConcurrentAccess`, with the names of both tasks, when two tasks
@@ -71,6 +72,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         self,
         url: str | URL | AsyncEngine,
         *,
+        reader_url: str | URL | None = None,
         binds: Mapping[Any, str | URL | AsyncEngine] | None = None,
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
@@ -101,9 +103,19 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         options["sync_session_class"] = bridged_class(plain, debug)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: async_sessionmaker[AsyncSession] = async_sessionmaker(**options)
+        reader = make_reader(
+            async_engine,
+            url,
+            reader_url,
+            engine_options,
+            {**(session_options or {}), **({"binds": binds} if binds else {})},
+            ping_after,
+        )
+        self._reader: Reader[AsyncEngine]
         super().__init__(
             self.sessionmaker,
             self.engine.sync_engine,
+            reader,
             options["sync_session_class"],
             hold_warning,
             debug,
@@ -124,13 +136,18 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         pool = self.engine.sync_engine.pool.recreate()
         return create_async_engine(self.engine.url, pool=pool).sync_engine
 
-    def scope(self, label: str | None = None) -> AsyncBlock:
+    @property
+    def reader(self) -> AsyncEngine:
+        """The engine of units of work that only read. See `.Database.reader`."""
+        return self._reader.engine
+
+    def scope(self, label: str | None = None, *, read_only: bool = False) -> AsyncBlock:
         """Open a new scope: a unit of work with its own session, rolled back at its end.
 
         An async context manager that yields the session, and a decorator for
         coroutine functions. See `.Database.scope`.
         """
-        return AsyncBlock(self, label, commit=False)
+        return AsyncBlock(self, label, read_only=read_only)
 
     def begin(self, label: str | None = None) -> AsyncBlock:
         """Like `scope`, with COMMIT on leaving and ROLLBACK on an exception."""
@@ -245,6 +262,8 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         await cross(self._decisions.dispose)
         for engine in distinct([self.engine, *self.binds.values()]):
             await engine.dispose()
+        if (reader := self._reader.engine_or_none) is not None:
+            await reader.dispose()
 
     async def in_doubt(self) -> list[InDoubt]:
         """The transactions that are prepared and not ended. See `.Database.in_doubt`."""

@@ -16,7 +16,7 @@ from tornado import gen
 
 from tornado_sa.bridge import complete, is_bridged, step_aside
 from tornado_sa.errors import ConfigurationError, TornadoSAError
-from tornado_sa.scope import Scope, enter, leave
+from tornado_sa.scope import ReadOnly, Scope, enter, leave
 
 if TYPE_CHECKING:
     from tornado_sa.core import DatabaseCore
@@ -28,11 +28,17 @@ SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
 
 class _Block(Generic[SessionT]):
     def __init__(
-        self, database: DatabaseCore[SessionT], label: str | None, *, commit: bool
+        self,
+        database: DatabaseCore[SessionT],
+        label: str | None,
+        *,
+        commit: bool = False,
+        read_only: bool = False,
     ) -> None:
         self._database = database
         self._label = label
         self._commits = commit
+        self._read_only = ReadOnly(stream=False) if read_only else None
         self._scope: Scope | None = None
         self._previous: Scope | None = None
 
@@ -43,6 +49,7 @@ class _Block(Generic[SessionT]):
                 " its own: call db.scope() or db.begin() again."
             )
         scope = Scope(self._label or _caller())
+        scope.read_only = self._read_only
         session = self._database.session_in(scope)
         self._scope, self._previous = scope, enter(scope)
         return session
@@ -64,7 +71,8 @@ class _Block(Generic[SessionT]):
         """Make a fresh block for one call of the decorated ``function``."""
         name = getattr(function, "__qualname__", type(function).__qualname__)
         label = self._label or f"{function.__module__}.{name}"
-        return type(self)(self._database, label, commit=self._commits)
+        reads = self._read_only is not None
+        return type(self)(self._database, label, commit=self._commits, read_only=reads)
 
 
 class Block(_Block[Session]):

@@ -76,6 +76,12 @@ def watch_sessions(sessions: type[Session] | sessionmaker[Any]) -> None:
     event.listen(sessions, "after_flush", _flushed)
 
 
+def session_of(connection: Connection) -> Session | None:
+    """The session that last began a transaction on ``connection``."""
+    session: Session | None = getattr(connection, _BEGUN_BY, _NOBODY)[0]()
+    return session
+
+
 def uncommitted(session: Session) -> str | None:
     """What would be lost if ``session`` were rolled back now, in words; None if nothing would.
 
@@ -134,7 +140,7 @@ def _noticing(base: type[ExecutionContext]) -> type[ExecutionContext]:
 
 
 def _notice(context: ExecutionContext) -> None:
-    verb = _writes(context.statement)
+    verb = writing_word(context.statement)
     if verb is not None:
         connection = context.root_connection
         session, transaction = (ref() for ref in getattr(connection, _BEGUN_BY, _NOBODY))
@@ -160,7 +166,7 @@ def _work_of(session: Session) -> _Work | None:
     return work
 
 
-def _writes(statement: str) -> str | None:
+def writing_word(statement: str) -> str | None:
     """The word by which ``statement`` writes, in upper case; None if it only reads."""
     found = _VERB.match(statement)
     if found is not None and found[1].upper() == "WITH":

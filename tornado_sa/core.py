@@ -26,6 +26,7 @@ from tornado_sa.ending import discard_connection, log_failed_closing, logger, ro
 from tornado_sa.engine import shown
 from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed, TornadoSAError
 from tornado_sa.holds import warn_of_long_holds
+from tornado_sa.reader import Reader
 from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
 
@@ -68,6 +69,7 @@ class DatabaseCore(Generic[SessionT]):
         self,
         make_session: Callable[[], SessionT],
         engine: Engine,
+        reader: Reader[Any],
         plain_class: type[Session] | sessionmaker[Any],
         hold_warning: float | None,
         debug: bool,
@@ -80,11 +82,12 @@ class DatabaseCore(Generic[SessionT]):
         self._sync_engine = engine
         self._engines = distinct([engine, *others])
         self._decisions = decisions
+        self._reader = reader
         self._open_scopes: set[Scope] = set()
         self._disposed_at = float("-inf")  # seconds of time.monotonic
         self._of_the_parent: list[SessionT] = []
         self._tasks: set[Task[Any]] = set()
-        for each in self._engines:
+        for each in self._sync_engines():
             event.listen(each, "handle_error", discard_connection)
             watch_writes(each)
             if hold_warning is not None:
@@ -101,17 +104,25 @@ class DatabaseCore(Generic[SessionT]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown(self._sync_engine.url)})"
 
+    def _sync_engines(self) -> list[Engine]:
+        reader = self._reader.plain_engine()
+        return self._engines if reader is None else [*self._engines, reader]
+
     def session_in(self, scope: Scope) -> SessionT:
         """The session of this database in ``scope``, made when it is first asked for.
 
-        Raises `.ScopeClosed`.
+        Raises `.ScopeClosed`, and `.ConfigurationError` if the scope only reads
+        and the database has no reader.
         """
         session: SessionT | None = scope.get(self)
         if session is None:
             scope.check()
             self._open_scopes.add(scope)
             try:
-                session = scope.put(self, self._make_session())
+                session = self._make_session()
+                if scope.read_only is not None:
+                    self._reader.take_over(session, scope, scope.read_only)
+                session = scope.put(self, session)
             except BaseException:
                 self._open_scopes.discard(scope)
                 raise
@@ -201,7 +212,11 @@ class DatabaseCore(Generic[SessionT]):
         raise NotImplementedError
 
     def status(self) -> Status:
-        """How busy the database is: its pool, and the scopes that are open."""
+        """How busy the database is: its pools, and the scopes that are open.
+
+        The figures are sums over ``engine`` and ``binds``. The reader has a pool
+        of its own, ``reader.pool``; its scopes are among the open ones.
+        """
 
         def figure(name: str) -> int | None:
             known: list[int] = []
@@ -230,7 +245,7 @@ class DatabaseCore(Generic[SessionT]):
 
     def _after_fork(self) -> None:
         """Start afresh in a forked child; the parent's connections stay the parent's."""
-        for engine in self._engines:
+        for engine in self._sync_engines():
             engine.dispose(close=False)
         self._decisions.after_fork()
         for scope in self._open_scopes:
@@ -278,6 +293,8 @@ class ScopeRegistry(ScopedRegistry[SessionT]):
                 " db.session. Give the options to `db.session(...)` instead."
             )
         scope = current_scope()
+        if scope.read_only is not None:
+            self._database._reader.take_over(obj, scope, scope.read_only)
         scope.drop(self._database)
         scope.put(self._database, obj)
         self._database._open_scopes.add(scope)

@@ -23,6 +23,7 @@ from tornado_sa.engine import sync_engine
 from tornado_sa.errors import ConfigurationError
 from tornado_sa.in_doubt import InDoubt
 from tornado_sa.memory import SharedPool
+from tornado_sa.reader import Reader, make_reader
 from tornado_sa.scope import Scope, current, current_scope
 from tornado_sa.two_phase import two_phase_class
 
@@ -41,12 +42,15 @@ class Database(DatabaseCore[Session]):
         A ``str``, a ``sqlalchemy.URL`` or a ready ``Engine``. A ready engine
         keeps its own pool. In-memory SQLite is one connection, shared by every
         scope and thread: good for trying things out.
+    ``reader_url``
+        What units of work that only read connect to, such as a replica; by
+        default ``url``. See `reader`.
     ``binds``
         Further databases of the same sessions, by declarative base, mapped
         class or table: ``binds={Archive: "postgresql+psycopg://..."}``. Values
-        are as for ``url``, which is for all the rest. With
-        ``session_options={"twophase": True}`` their commit is two-phase, and
-        survives a crash: see `recover`.
+        are as for ``url``, which is for all the rest; such a database has no
+        reader. With ``session_options={"twophase": True}`` their commit is
+        two-phase, and survives a crash: see `recover`.
     ``engine_options``
         Passed to ``sqlalchemy.create_engine``, for each engine that is made
         from a URL.
@@ -76,6 +80,7 @@ class Database(DatabaseCore[Session]):
         self,
         url: str | URL | Engine,
         *,
+        reader_url: str | URL | None = None,
         binds: Mapping[Any, str | URL | Engine] | None = None,
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
@@ -107,9 +112,19 @@ class Database(DatabaseCore[Session]):
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: sessionmaker[Session] = sessionmaker(**options)
         self._workers = workers.Workers()
+        reader = make_reader(
+            sync_engine,
+            url,
+            reader_url,
+            engine_options,
+            {**(session_options or {}), **({"binds": binds} if binds else {})},
+            ping_after,
+        )
+        self._reader: Reader[Engine]
         super().__init__(
             self.sessionmaker,
             self.engine,
+            reader,
             self.sessionmaker,
             hold_warning,
             debug,
@@ -122,7 +137,23 @@ class Database(DatabaseCore[Session]):
         #: The same. Helpers that use it work on an `.AsyncDatabase` too, under the bridge.
         self.sync_session: scoped_session[Session] = self.session
 
-    def scope(self, label: str | None = None) -> Block:
+    @property
+    def reader(self) -> Engine:
+        """The engine of units of work that only read: of a `.read_only` verb, for one.
+
+        It connects to ``reader_url``, or else to ``url``, with the same
+        ``engine_options`` and a pool of its own. Its connections are in
+        autocommit mode, and the server refuses to write over them. They cost
+        nothing until they are used. Listeners on `engine` are not on the reader
+        too: what each connection needs to be told, tell both.
+
+        Raises `.ConfigurationError` if there is none. That is so for a ready
+        engine without a ``reader_url``, and for SQLite in memory, where it is
+        the session that refuses to write.
+        """
+        return self._reader.engine
+
+    def scope(self, label: str | None = None, *, read_only: bool = False) -> Block:
         """Open a new scope: a unit of work with its own session, rolled back at its end.
 
         A context manager that yields the session, and a decorator::
@@ -135,10 +166,11 @@ class Database(DatabaseCore[Session]):
                 db.session.get(Note, 7)
 
         It is always a new scope, also inside a request. What was not committed
-        is rolled back. ``label`` is what errors and logs call it; by default
+        is rolled back. With ``read_only``, the session uses the `reader`, and a
+        write raises `.ReadOnlyViolation`. ``label`` is what errors and logs call it; by default
         the place of the ``with`` statement, or the function's name.
         """
-        return Block(self, label, commit=False)
+        return Block(self, label, read_only=read_only)
 
     def begin(self, label: str | None = None) -> Block:
         """Like `scope`, with COMMIT on leaving and ROLLBACK on an exception."""
@@ -300,7 +332,7 @@ class Database(DatabaseCore[Session]):
             logger.warning("%r is disposed of while still at work: %s", self, running)
         self._abandon()
         self._decisions.dispose()
-        for engine in self._engines:
+        for engine in self._sync_engines():
             engine.dispose()
 
     def in_doubt(self) -> list[InDoubt]:

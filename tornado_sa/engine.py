@@ -61,7 +61,7 @@ def sync_engine(
         _refuse_options(options)
         engine = url
     else:
-        parsed = _parse(url, "Database")
+        parsed = parse(url, "Database")
         engine = _build(create_engine, parsed, FairPool, options, ping_after)
     if engine.dialect.is_async:
         raise _wrong_kind(engine.url, "Database", "AsyncDatabase", 0)
@@ -86,7 +86,7 @@ def async_engine(
         _refuse_options(options)
         engine = url
     else:
-        parsed = _parse(url, "AsyncDatabase")
+        parsed = parse(url, "AsyncDatabase")
         try:
             engine = _build(create_async_engine, parsed, AsyncFairPool, options, ping_after)
         except exc.InvalidRequestError:  # "requires an async driver to be used"
@@ -107,7 +107,7 @@ def shown(url: URL) -> str:
     return masked.render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
-def _parse(url: str | URL, kind: str) -> URL:
+def parse(url: str | URL, kind: str) -> URL:
     if not isinstance(url, str | URL):
         raise ConfigurationError(
             f"{kind} takes a URL as str or sqlalchemy.URL, or a ready engine, not"

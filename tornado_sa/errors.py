@@ -4,8 +4,8 @@
 class TornadoSAError(Exception):
     """Base class of every error this package raises on its own account.
 
-    Errors of SQLAlchemy and of the driver are never wrapped or renamed: catch
-    those as you always did.
+    Errors of SQLAlchemy and of the driver are never wrapped or renamed, but for
+    the one that becomes a `.ReadOnlyViolation`: catch those as you always did.
     """
 
 

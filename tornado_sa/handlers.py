@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,7 +19,7 @@ from tornado_sa.ending import commit_reads
 from tornado_sa.entry import wrap_entry_points
 from tornado_sa.errors import UncommittedChanges
 from tornado_sa.request import DONE, RequestScope
-from tornado_sa.transactions import transactions_of
+from tornado_sa.verbs import note_verbs
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -47,9 +47,8 @@ class BaseHandler(RequestScope):
                 f"{cls.__name__}: BaseHandler must come before the handler class, or Tornado's own"
                 f" methods hide it. Write: class {cls.__name__}(BaseHandler, {handler.__name__})"
             )
+        note_verbs(cls)
         wrap_entry_points(cls)
-        if RequestHandler in mro:
-            cls._sa_transactions = transactions_of(cast("type[RequestHandler]", cls))
 
     # -- the session ---------------------------------------------------------
 

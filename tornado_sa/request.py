@@ -19,8 +19,9 @@ from tornado_sa.database import Database
 from tornado_sa.ending import logger
 from tornado_sa.errors import ConfigurationError, UncommittedChanges
 from tornado_sa.responses import RETRY_AFTER, status_for, summary
-from tornado_sa.scope import Scope, current
-from tornado_sa.transactions import Transaction, Unit
+from tornado_sa.scope import ReadOnly, Scope, current
+from tornado_sa.transactions import Unit
+from tornado_sa.verbs import Transaction
 
 AnyDatabase = TypeVar("AnyDatabase", bound=DatabaseCore[Any])
 
@@ -57,6 +58,11 @@ class RequestScope(_Handler):
     #: cancelled: an event always runs to its end.
     cancel_on_disconnect: ClassVar[bool] = False
 
+    #: The verbs that only read, in upper case: ``frozenset({"GET", "HEAD"})``.
+    #: As if each were decorated with `.read_only`. Read when the class is made.
+    read_only_methods: ClassVar[frozenset[str]] = frozenset()
+
+    _sa_reading: ClassVar[dict[str, ReadOnly]] = {}  # by the name of the verb
     _sa_plain: ClassVar[bool] = True  # self.session is a plain Session
     _sa_bridge: AsyncDatabase | None = None  # and its database an async one: it needs the bridge
     _sa_scope: Scope | None = None  # in a WebSocket handler a property: see events.py
@@ -148,6 +154,8 @@ class RequestScope(_Handler):
             request = self.request
             scope = self._sa_scope = Scope(request.method or "", request.path)
             scope.handler_name = type(self).__name__
+            if self._sa_reading:  # now, so that prepare() reads as the verb does
+                scope.read_only = self._sa_reading.get(request.method or "")
             if self._sa_plain:
                 database = self._database()
                 if getattr(database, "needs_bridge", False):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from asyncio import Task
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tornado_sa.errors import NoActiveScope, ScopeClosed
@@ -20,6 +21,14 @@ current: ContextVar[Scope | None] = ContextVar("tornado_sa.scope", default=None)
 
 # The path of a request can be as long as Tornado lets headers be, 64 KiB. A log line should not.
 _LABEL_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOnly:
+    """How a unit of work reads that only reads."""
+
+    #: In a transaction, as server-side cursors need one.
+    stream: bool
 
 
 class SessionOwner(Protocol):
@@ -51,6 +60,7 @@ class Scope:
         "entered",
         "handler_name",
         "opened_at",
+        "read_only",
     )
 
     def __init__(self, *label: str) -> None:
@@ -67,6 +77,8 @@ class Scope:
         self.calls_back: bool = False
         #: When it was opened, in seconds of `time.monotonic`.
         self.opened_at: float = time.monotonic()
+        #: Set if the unit of work only reads. Its sessions are made accordingly.
+        self.read_only: ReadOnly | None = None
         self._sessions: dict[SessionOwner, Any] = {}
 
     def __repr__(self) -> str:

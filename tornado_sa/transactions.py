@@ -1,20 +1,17 @@
-"""Transactions: a verb whose COMMIT comes before the first byte of its response."""
+"""Transactions: how a verb runs whose COMMIT comes before the first byte of its response."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import functools
-import inspect
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
-from tornado.web import Finish, RequestHandler
+from tornado.web import Finish
 
 from tornado_sa.bridge import cross, is_bridged
 from tornado_sa.changes import uncommitted
@@ -24,143 +21,13 @@ from tornado_sa.responses import is_retryable, summary
 
 if TYPE_CHECKING:
     from tornado_sa.request import RequestScope
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-# Set on the verbs that `transactional` decorates.
-MARK = "_tornado_sa_transaction"
+    from tornado_sa.verbs import Transaction
 
 # The longest pause before a verb is run again, in seconds, and the first. Each is drawn evenly
 # from 0 to a limit that doubles ("full jitter": https://aws.amazon.com/blogs/architecture/
 # exponential-backoff-and-jitter/), so that those who collided do not collide again.
 _LONGEST_PAUSE = 0.1
 _FIRST_PAUSE = 0.01
-
-
-@dataclass(frozen=True)
-class Transaction:
-    """How a verb is run in a transaction."""
-
-    retries: int = 0
-    isolation_level: str | None = None
-
-    def __post_init__(self) -> None:
-        retries, level = self.retries, self.isolation_level
-        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
-            raise ConfigurationError(
-                f"@transactional(retries={retries!r}): give the number of times that the verb may"
-                " run again, 0 or more."
-            )
-        if level is not None and (not isinstance(level, str) or level.upper() == "AUTOCOMMIT"):
-            raise ConfigurationError(
-                f"@transactional(isolation_level={level!r}): give the name of an isolation level,"
-                ' such as "SERIALIZABLE".'
-            )
-
-
-@overload
-def transactional(method: Method, /) -> Method: ...
-@overload
-def transactional(
-    *, retries: int = 0, isolation_level: str | None = None
-) -> Callable[[Method], Method]: ...
-def transactional(
-    method: Any = None, /, *, retries: int = 0, isolation_level: str | None = None
-) -> Any:
-    """Run a verb in a transaction: COMMIT, and only then the response.
-
-    ::
-
-        class Transfers(SessionHandler):
-            @transactional(retries=3, isolation_level="SERIALIZABLE")
-            def post(self):
-                self.session.add(Transfer(...))
-                self.redirect("/transfers")
-
-    When the verb returns, or raises ``tornado.web.Finish``, and
-    ``self.should_commit()`` agrees, the session is committed. On any other
-    exception it is rolled back. The response goes out afterwards. Until then
-    ``finish()``, ``render()``, ``redirect()`` and ``send_error()`` are held
-    back, and ``flush()`` is refused. When the COMMIT fails, nothing is left of
-    the response the verb prepared, and the error is answered like any other.
-
-    ``retries``
-        How many times the verb is run again after a serialization failure, a
-        deadlock or a locked SQLite file, after a pause of at most 0.1 seconds.
-        Each time the response is as it was before the verb; attributes that the
-        verb sets on ``self`` are not. A verb that joins work which was not
-        committed, say of `prepare`, is not run again, for that work is lost.
-    ``isolation_level``
-        Of this transaction, such as ``"SERIALIZABLE"``. A transaction that has
-        only read before, say in `prepare`, is ended for it.
-
-    Other databases than the handler's own commit by themselves. Raises
-    `.ConfigurationError` for wrong options, and where the method is not a verb
-    of a handler of ours.
-    """
-    options = Transaction(retries, isolation_level)
-
-    def decorate(method: Any) -> Any:
-        if not callable(method):
-            raise ConfigurationError(
-                "@transactional decorates a verb. Write its options by name:"
-                " @transactional(retries=3)."
-            )
-        checked = _checked(method)
-        setattr(checked, MARK, options)
-        return checked
-
-    return decorate if method is None else decorate(method)
-
-
-def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method``, refused where nobody would commit it."""
-    if inspect.iscoroutinefunction(method):
-
-        @functools.wraps(method)
-        async def call_async(self: RequestScope, *args: Any, **kwargs: Any) -> Any:
-            _check_handler(self, method)
-            return await method(self, *args, **kwargs)
-
-        return call_async
-
-    @functools.wraps(method)
-    def call(self: RequestScope, *args: Any, **kwargs: Any) -> Any:
-        _check_handler(self, method)
-        return method(self, *args, **kwargs)
-
-    return call
-
-
-def _check_handler(handler: object, method: Callable[..., Any]) -> None:
-    if not hasattr(handler, "_sa_transactions"):
-        raise ConfigurationError(
-            f"@transactional {method.__qualname__}: {type(handler).__name__} is no handler of"
-            " tornado_sa, so nobody would commit. Mix in BaseHandler, or subclass SessionHandler."
-        )
-
-
-def transactions_of(cls: type[RequestHandler]) -> dict[str, Transaction]:
-    """The verbs of ``cls`` that run in a transaction, by name in upper case.
-
-    Raises `.ConfigurationError`.
-    """
-    verbs = cls.SUPPORTED_METHODS
-    methods: frozenset[str] = getattr(cls, "transactional_methods", frozenset())
-    unknown = {methods} if isinstance(methods, str) else set(methods) - set(verbs)
-    if unknown:
-        raise ConfigurationError(
-            f"{cls.__name__}.transactional_methods names {sorted(unknown)}. Write a set of methods"
-            ' in upper case, such as frozenset({"POST", "PUT"}).'
-        )
-    for name, value in vars(cls).items():
-        if hasattr(value, MARK) and name.upper() not in verbs:
-            raise ConfigurationError(
-                f"{cls.__name__}.{name} is no verb, so @transactional has no response to hold back."
-                " Write `with self.db.begin() as session:` in it."
-            )
-    found = {verb: getattr(getattr(cls, verb.lower(), None), MARK, None) for verb in verbs}
-    return {verb: found[verb] or Transaction() for verb in verbs if found[verb] or verb in methods}
 
 
 class Unit:

@@ -430,6 +430,35 @@ async def test_concurrent_increments(flavour: Flavour, serve: Any, caplog: Any) 
     caplog.clear()
 
 
+@only("aiomysql", "bridged_aiomysql", "asyncpg", "bridged_psycopg")
+@pytest.mark.gen_test(timeout=20)
+async def test_deadlock_is_retried(flavour: Flavour, serve: Any, expected_log: list[str]) -> None:
+    """Two requests lock two rows in opposite order: the server ends one, and it runs again."""
+    expected_log.append("try 1 of 3 failed")
+    together = asyncio.Barrier(2)
+    tries: list[str] = []
+
+    class Handler(flavour.Handler):
+        @transactional(retries=2)
+        async def post(self, first: str, second: str) -> None:
+            tries.append(first)
+            for number in (first, second):
+                change = update(Note).where(Note.id == int(number)).values(text=Note.text + first)
+                await settle(self.session.execute(change))
+                if len(tries) <= 2 and number == first:
+                    await together.wait()
+
+    def add(session: Any) -> None:
+        session.add_all([Note(id=1, text=""), Note(id=2, text="")])
+
+    await flavour.in_scope(add, commit=True)
+    fetch = serve(Handler, r"/(\d)/(\d)")
+    answers = await asyncio.gather(*(fetch(path, method="POST") for path in ("/1/2", "/2/1")))
+    assert [answer.code for answer in answers] == [200, 200]
+    assert len(tries) == 3
+    assert [sorted(text) for text in flavour.texts()] == [["1", "2"], ["1", "2"]]
+
+
 @only(*POSTGRESQL)
 @pytest.mark.parametrize("retries", [0, 2])
 @pytest.mark.gen_test

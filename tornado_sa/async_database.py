@@ -59,8 +59,8 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
     ``reader_url``, ``ping_after``, ``hold_warning``
         As for `.Database`.
     ``debug``
-        Raise `.ConcurrentAccess`, with the names of both tasks, when two tasks
-        use one session at the same time.
+        As for `.Database`, and raise `.ConcurrentAccess`, with the names of both
+        tasks, when two tasks use one session at the same time.
 
     Raises `.ConfigurationError` for a driver that is not async, unknown or not
     installed.

@@ -66,7 +66,8 @@ class Database(DatabaseCore[Session]):
         Log a warning when a unit of work held a connection for longer than
         this, in seconds. None: never.
     ``debug``
-        For symmetry with `.AsyncDatabase`.
+        Raise `.UncommittedChanges` where a success would leave work uncommitted.
+        Without it, that is a line in the log.
 
     Queries block the thread they run in. In a Tornado handler that is the event
     loop, which is right for SQLite and for scripts; for a database server use

@@ -41,6 +41,8 @@ def at_end(handler: Any, how: str) -> None:
     if how == "finish":
         handler.finish("stored")
     elif how == "render":
+        # Tornado keeps one loader for each path, by default that of this file.
+        handler.get_template_path = lambda: "test_transactions"
         handler.settings["template_loader"] = DictLoader({"stored.html": "stored"})
         handler.render("stored.html")
     elif how == "redirect":

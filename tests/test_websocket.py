@@ -622,6 +622,28 @@ async def test_get_of_ones_own(flavour: Flavour, connect: Connect) -> None:
     assert len(set(map(id, seen))) == 5
 
 
+@pytest.mark.gen_test
+async def test_after_commit_of_an_event(flavour: Flavour, connect: Connect) -> None:
+    """Called when the event is over; what its rollback took back is not."""
+    seen: list[str] = []
+
+    class Handler(socket_class(flavour)):
+        async def on_message(self, message: str) -> None:
+            self.session.add(Note(text=message))
+            self.after_commit(seen.append, message)
+            if message == "kept":
+                await settle(self.session.commit())
+            assert seen == []
+
+    client = await connect(Handler)
+    await client.write_message("lost")
+    await client.write_message("kept")
+    await until(lambda: seen)
+    assert seen == ["kept"]
+    assert flavour.texts() == ["kept"]
+    client.close()
+
+
 # -- errors ---------------------------------------------------------------------------
 
 

@@ -3,8 +3,9 @@
 Usage: ``python benchmarks/bridge.py [postgresql+asyncpg://user@host/database]``
 
 By hand is ``async with async_sessionmaker() as session`` in a bare ``RequestHandler``. In one
-process, without sockets to the clients, of which there are 16, in interleaved rounds. Prints the
-median of each, in microseconds, and the median of the ratios to the one by hand.
+process, without sockets to the clients, of which there are 1, 4 or 16, in interleaved rounds, with
+all connections open before and without the garbage collector. Prints the median of each, in
+microseconds, and the median of the ratios to the one by hand.
 """
 
 import asyncio
@@ -25,8 +26,8 @@ from tests.test_memory import FakeConnection
 from tornado_sa import AsyncDatabase, AsyncSessionHandler, SessionHandler
 
 URL = sys.argv[1] if len(sys.argv) > 1 else "postgresql+asyncpg://postgres@127.0.0.1/postgres"
-AT_ONCE = 16
-ROUNDS = 15
+CLIENTS = (1, 4, 16)
+ROUNDS = 11
 
 engine = create_async_engine(URL, pool_size=40)
 make_session = async_sessionmaker(engine, expire_on_commit=False)
@@ -112,9 +113,9 @@ class Connection(FakeConnection):
         self.answered.set_result(None)
 
 
-async def handle(app, method, count):
+async def handle(app, method, count, clients):
     async def client():
-        for _ in range(count // AT_ONCE):
+        for _ in range(count // clients):
             connection = Connection()
             request = HTTPServerRequest(
                 connection=connection,
@@ -124,15 +125,15 @@ async def handle(app, method, count):
             app.find_handler(request).finish()
             await connection.answered
 
-    await asyncio.gather(*(client() for _ in range(AT_ONCE)))
+    await asyncio.gather(*(client() for _ in range(clients)))
     await asyncio.sleep(0.02)  # the last sessions are closed after their responses
 
 
-async def cpu(handler, method, count):
+async def cpu(handler, method, count, clients):
     """Microseconds of CPU per request."""
     app = Application([("/", handler)], db=db, log_function=lambda handler: None)
     began = time.process_time()
-    await handle(app, method, count)
+    await handle(app, method, count, clients)
     return (time.process_time() - began) / count * 1e6
 
 
@@ -142,26 +143,33 @@ async def main():
         await connection.run_sync(Base.metadata.create_all)
         for number in range(1, 11):
             await session.merge(Counter(id=number, number=0))
+    for each in (engine, db.engine):
+        for connection in [await each.connect() for _ in range(40)]:
+            await connection.close()
     gc.disable()
-    print(f"{'':10} {'by hand':>9} {'bridged':>9} {'async':>9}   ratio: bridged   async")
+    print(f"{'':22} {'by hand':>9} {'bridged':>9} {'async':>9}   ratio: bridged   async")
+    kinds = (ByHand, Bridged, Async)
     for name, method, count in (
-        ("one get", "GET", 480),
-        ("ten gets", "POST", 160),
-        ("an update", "PUT", 240),
-        ("nothing", "DELETE", 1600),
+        ("one get", "GET", 960),
+        ("ten gets", "POST", 240),
+        ("an update", "PUT", 480),
+        ("nothing", "DELETE", 1920),
     ):
-        kinds = (ByHand, Bridged, Async)
-        for kind in kinds:
-            await cpu(kind, method, 96)
-        rounds = [[await cpu(kind, method, count) for kind in kinds] for _ in range(ROUNDS)]
-        gc.collect()
-        medians = [median(column) for column in zip(*rounds, strict=True)]
-        ratios = [median(times[kind] / times[0] for times in rounds) for kind in (1, 2)]
-        print(
-            f"{name:10} {medians[0]:9.1f} {medians[1]:9.1f} {medians[2]:9.1f}"
-            f"          {ratios[0]:8.3f} {ratios[1]:7.3f}",
-            flush=True,
-        )
+        for clients in CLIENTS:
+            for kind in kinds:
+                await cpu(kind, method, count, clients)
+            rounds = [
+                [await cpu(kind, method, count, clients) for kind in kinds] for _ in range(ROUNDS)
+            ]
+            gc.collect()
+            medians = [median(column) for column in zip(*rounds, strict=True)]
+            ratios = [median(times[kind] / times[0] for times in rounds) for kind in (1, 2)]
+            print(
+                f"{name:10} {clients:2} at once "
+                + " ".join(f"{one:9.1f}" for one in medians)
+                + f"          {ratios[0]:8.3f} {ratios[1]:7.3f}",
+                flush=True,
+            )
     async with db.begin() as session:
         await (await session.connection()).run_sync(Base.metadata.drop_all)
     await db.dispose()

@@ -93,6 +93,11 @@ def uncommitted(session: Session) -> str | None:
     took back still is, until the transaction ends. Takes no I/O.
     """
     work = _work_of(session)
+    # Asked of every response, so first the short way: nothing in the session has changed.
+    if work is None and not (
+        session.identity_map.check_modified() or session.new or session.deleted
+    ):
+        return None
     objects: _Objects = {} if work is None else {key: set(ids) for key, ids in work.flushed.items()}
     _add_changed(objects, session)
     new = set().union(*(ids for (what, _), ids in objects.items() if what == "new"))

@@ -142,7 +142,7 @@ async def test_release_is_no_commit(flavour: Flavour, serve: Any) -> None:
     class Handler(flavour.Handler):
         async def prepare(self) -> None:
             await settle(super().prepare())
-            self.after_commit(seen.append, "too early")
+            self.after_commit(seen.append, self.request.method)
             await settle(self.session.execute(select(Note)))
             await self.release()
 
@@ -150,9 +150,16 @@ async def test_release_is_no_commit(flavour: Flavour, serve: Any) -> None:
         async def post(self) -> None:
             self.set_status(400)
 
-    assert (await serve(Handler)(method="POST")).code == 400
-    await asyncio.sleep(0.02)
-    assert seen == []
+        @transactional(isolation_level="SERIALIZABLE")
+        async def put(self) -> None:
+            assert seen == []
+
+    fetch = serve(Handler)
+    assert (await fetch(method="POST")).code == 400
+    assert (await fetch(method="PUT")).code == 200
+    await until(lambda: seen)
+    await asyncio.sleep(0.01)
+    assert seen == ["PUT"]
 
 
 @pytest.mark.gen_test

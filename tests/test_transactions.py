@@ -412,7 +412,7 @@ async def test_concurrent_increments(flavour: Flavour, serve: Any, caplog: Any) 
             self.write(f"[{note.text}]")
             await asyncio.sleep(0.001)
             note.text = str(int(note.text) + int(self.request.body))
-            self.set_header("X-Verb", "1")
+            self.add_header("X-Verb", "1")
             self.set_cookie("verb", "1")
 
     fetch = serve(Handler)
@@ -752,6 +752,75 @@ async def test_client_goes_away_while_the_verb_waits(
             goes_on.set()
         await until(lambda: flavour.checked_out() == 0)
     assert flavour.texts() == ([] if cancels else ["whole"])
+
+
+@pytest.mark.gen_test
+async def test_cancelled_verb_leaves_nothing_of_its_success(
+    flavour: Flavour, serve: Any, expected_log: list[str]
+) -> None:
+    expected_log += CANCELLED_LOG
+
+    class Handler(flavour.Handler):
+        @transactional
+        async def post(self) -> None:
+            self.session.add(Note(text="lost"))
+            await settle(self.session.flush())
+            self.set_cookie("stored", "1")
+            self.finish("stored")
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+
+    response = await serve(Handler)(method="POST")
+    assert response.code == 500
+    assert b"stored" not in response.body
+    assert "Set-Cookie" not in response.headers
+    await until(lambda: flavour.checked_out() == 0)
+    assert flavour.texts() == []
+
+
+SLOW_COMMIT = """
+CREATE OR REPLACE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
+AS $$ BEGIN PERFORM pg_sleep(0.2); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW EXECUTE FUNCTION slow()
+"""
+
+
+@only("asyncpg", "psycopg_async", "bridged_asyncpg", "bridged_psycopg")
+@pytest.mark.gen_test
+async def test_client_goes_away_during_the_commit(
+    flavour: Flavour, serve: Any, base_url: str
+) -> None:
+    """A COMMIT is not cancelled: nobody could tell its outcome."""
+    over = asyncio.Event()
+
+    class Handler(flavour.Handler):
+        cancel_on_disconnect = True
+
+        @transactional
+        async def post(self) -> None:
+            self.session.add(Note(text="whole"))
+            await settle(self.session.flush())
+
+        def on_finish(self) -> None:
+            over.set()
+
+    serve(Handler)
+    with flavour.admin.begin() as connection:
+        connection.execute(text(SLOW_COMMIT))
+    try:
+        async with RawClient(base_url) as client:
+            await client.send("POST / HTTP/1.1\nHost: x\nContent-Length: 0")
+            await asyncio.sleep(0.1)  # half of the COMMIT
+            assert flavour.texts() == []
+            client.vanish()
+            await asyncio.wait_for(over.wait(), 5)
+        assert flavour.texts() == ["whole"]
+    finally:
+        with flavour.admin.begin() as connection:
+            connection.execute(text("DROP TRIGGER slow ON note"))
 
 
 # -- many at once ---------------------------------------------------------------------

@@ -87,7 +87,7 @@ async def handle(app: Application, count: int) -> None:
     """Let ``app`` handle ``count`` requests for "/", without a socket."""
     for _ in range(count):
         request = HTTPServerRequest(
-            connection=FakeConnection(),  # type: ignore[arg-type]
+            connection=FakeConnection(),  # type: ignore[arg-type]  # has what a request needs
             headers=HTTPHeaders({"Host": "x"}),
             start_line=RequestStartLine("GET", "/", "HTTP/1.1"),
         )

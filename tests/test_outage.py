@@ -27,7 +27,8 @@ from tests.support import (
 async def test_server_goes_down_and_comes_back(
     flavour: Flavour, serve: Any, cluster: Cluster, expected_log: list[str]
 ) -> None:
-    db = make_database(flavour.name, cluster.url(DRIVERS[flavour.name]))  # type: ignore[arg-type]
+    url = cluster.url(DRIVERS[flavour.name]).render_as_string()
+    db = make_database(flavour.name, url)
 
     class Handler(flavour.Handler):
         database = db

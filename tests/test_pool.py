@@ -158,7 +158,7 @@ class JumpingSelector(selectors.DefaultSelector):
 def jumping_loop() -> asyncio.SelectorEventLoop:
     selector = JumpingSelector()
     loop = asyncio.SelectorEventLoop(selector)
-    loop.time = lambda: selector.now  # type: ignore[method-assign]
+    loop.time = lambda: selector.now  # type: ignore[method-assign]  # no real clock in here
     return loop
 
 
@@ -1031,7 +1031,7 @@ async def test_connection_that_died_while_idle_is_replaced(flavour: Flavour) -> 
         pid = await ask(engine, "SELECT pg_backend_pid()")
         with flavour.admin.connect() as admin:
             admin.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-        await until(lambda: not is_alive(flavour, pid))  # noqa: B023
+        await until(lambda: not is_alive(flavour, pid))  # noqa: B023  (called before the next)
         if works:
             assert await ask(engine, "SELECT pg_backend_pid()") != pid
         else:

@@ -789,7 +789,7 @@ def test_what_is_no_verb_is_refused() -> None:
             def prepare(self) -> None: ...
 
     with pytest.raises(ConfigurationError, match="@read_only is for the verbs of a handler"):
-        read_only(True)  # type: ignore[call-overload]
+        read_only(True)  # type: ignore[call-overload]  # the mistake at hand
     for named in "GET", {"get"}, {"GET", "FETCH"}:
         with pytest.raises(ConfigurationError, match="read_only_methods is a set of HTTP methods"):
             type("Named", (SessionHandler,), {"read_only_methods": named})

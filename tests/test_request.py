@@ -201,7 +201,7 @@ async def test_every_kind_of_prepare_and_verb(
 
     body = {"found": found, "prepare": one_argument(prepare_), "get": verb, "on_finish": on_finish}
     Handler = type("Handler", (flavour.Handler,), body)
-    Handler.Handler = Handler  # type: ignore[attr-defined]
+    Handler.Handler = Handler  # type: ignore[attr-defined]  # for super() in the body
 
     assert (await serve(Handler)()).code == 200
     await until(lambda: finished)

@@ -108,7 +108,8 @@ async def test_upload_whose_client_vanishes(
             if override == "calls super":
                 super(Handler, self).on_connection_close()
 
-        Handler = type("Handler", (Handler,), {"on_connection_close": on_connection_close})  # type: ignore[assignment]
+        made = type("Handler", (Handler,), {"on_connection_close": on_connection_close})
+        Handler = made  # type: ignore[assignment]  # a class made by a call
 
     serve(stream_request_body(Handler))
     async with RawClient(base_url) as client:

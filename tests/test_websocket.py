@@ -269,7 +269,7 @@ async def test_no_session_outside_an_event(flavour: Flavour, connect: Connect) -
         async def on_message(self, message: Any) -> None:
             if len(handlers) == 2:
                 with pytest.raises(NoActiveScope, match="code of 'WS /feed on_message'"):
-                    (self if self is handlers[1] else handlers[1]).session  # noqa: B018
+                    (self if self is handlers[1] else handlers[1]).session  # noqa: B018  (asking is enough)
             self.write_message("")
 
     client = await connect(Handler)

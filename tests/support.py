@@ -164,6 +164,16 @@ def only(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("flavour", names, indirect=True)
 
 
+def with_options(**options: Any) -> Callable[[T], T]:
+    """Run the test on databases made with these options."""
+
+    def mark(function: T) -> T:
+        setattr(function, "database_options", options)  # noqa: B010  (mypy: no such attribute)
+        return function
+
+    return mark
+
+
 async def settle(value: Awaitable[T] | T) -> T:
     """Await ``value`` if it wants to be: one test for both flavours."""
     if inspect.isawaitable(value):

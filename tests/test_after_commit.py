@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert, select
 from tornado.web import RequestHandler
 
-from tests.support import Flavour, Note, Reply, only, settle, until
+from tests.support import Flavour, Note, Reply, only, settle, until, with_options
 from tornado_sa import (
     BaseHandler,
     Database,
@@ -284,13 +284,8 @@ async def test_uncommitted_changes_are_named(
     assert flavour.texts() == ["old"]
 
 
-def with_debug(function: Any) -> Any:
-    function.database_options = {"debug": True}
-    return function
-
-
 @pytest.mark.gen_test
-@with_debug
+@with_options(debug=True)
 async def test_uncommitted_changes_with_debug(
     flavour: Flavour, serve: Any, expected_log: list[str]
 ) -> None:

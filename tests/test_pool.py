@@ -585,11 +585,13 @@ def test_waiter_of_a_closed_loop_is_passed_over() -> None:
     pool = AsyncFairPool(Server().connect, pool_size=1, max_overflow=0)
     fairy = pool.connect()
     loops = asyncio.new_event_loop(), asyncio.new_event_loop()
-    tasks = [loop.create_task(greenlet_spawn(pool.connect)) for loop in loops]
+    tasks = []
     for loop in loops:
+        tasks.append(loop.create_task(greenlet_spawn(pool.connect)))
         loop.run_until_complete(asyncio.sleep(0))
+        if loop is loops[0]:
+            loop.close()
     assert pool.waiting() == 2
-    loops[0].close()
     fairy.close()
     mine = loops[1].run_until_complete(tasks[1])
     loops[1].close()
@@ -897,6 +899,7 @@ FORK = """
     first = loop.run_until_complete(backend())
     child = os.fork()
     if child == 0:
+        kept = sync.pool
         sync.dispose(close=False)
         assert sync.pool.status().startswith("Pool size: 1  Connections in pool: 0")
         theirs = asyncio.new_event_loop().run_until_complete(backend())

@@ -22,7 +22,16 @@ from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.pool import NullPool, QueuePool
 from tornado import gen
 
-from tests.support import CANCELLED_LOG, Flavour, Note, RawClient, make_database, only, until
+from tests.support import (
+    CANCELLED_LOG,
+    Flavour,
+    Note,
+    RawClient,
+    make_database,
+    only,
+    until,
+    with_options,
+)
 from tornado_sa import (
     ConcurrentAccess,
     ConfigurationError,
@@ -36,11 +45,9 @@ both = only("sqlite", "psycopg")
 postgresql = only("psycopg")
 
 
-def of_two_connections(function: Any) -> Any:
-    """Run the test with a database of two connections."""
-    options = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 10}
-    function.database_options = {"engine_options": options}
-    return function
+of_two_connections = with_options(
+    engine_options={"pool_size": 2, "max_overflow": 0, "pool_timeout": 10}
+)
 
 
 class Gate:

@@ -255,7 +255,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         """
         deadline = time.monotonic() + timeout
         # Again and again: a hook that ends leaves a session to close.
-        while others := self._tasks - {asyncio.current_task()}:
+        while others := {task for task in self._tasks if _may_end(task)}:
             if not (await asyncio.wait(others, timeout=deadline - time.monotonic()))[0]:
                 break
         self._abandon()
@@ -279,6 +279,11 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         """Bring every transaction of ours that is in doubt to its end. See `.Database.recover`."""
         await step_aside()
         return await cross(in_doubt.recover, self._engines, self._decisions)
+
+
+def _may_end(task: Task[Any]) -> bool:
+    """False for the task that asks, and for one that a loop has left behind when it was closed."""
+    return task is not asyncio.current_task() and task.get_loop() is asyncio.get_running_loop()
 
 
 def _make_call(call: LaterCall) -> None:

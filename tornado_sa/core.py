@@ -85,7 +85,7 @@ class DatabaseCore(Generic[SessionT]):
         self._reader = reader
         self._open_scopes: set[Scope] = set()
         self._disposed_at = float("-inf")  # seconds of time.monotonic
-        self._of_the_parent: list[SessionT] = []
+        self._of_the_parent: list[Any] = []
         self._tasks: set[Task[Any]] = set()
         for each in self._sync_engines():
             event.listen(each, "handle_error", discard_connection)
@@ -245,7 +245,10 @@ class DatabaseCore(Generic[SessionT]):
 
     def _after_fork(self) -> None:
         """Start afresh in a forked child; the parent's connections stay the parent's."""
-        for engine in self._sync_engines():
+        for engine in [*self._sync_engines(), *self._decisions.engines()]:
+            # Kept, for asyncpg closes what is collected, and by the epoll that the two processes
+            # share, the parent's loop would no longer hear of its connection.
+            self._of_the_parent.append(engine.pool)
             engine.dispose(close=False)
         self._decisions.after_fork()
         for scope in self._open_scopes:

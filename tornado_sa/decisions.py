@@ -173,9 +173,11 @@ class Decisions:
         if self._engine is not None:
             self._engine.dispose()
 
+    def engines(self) -> list[Engine]:
+        """The engine, if it is made already."""
+        return [] if self._engine is None else [self._engine]
+
     def after_fork(self) -> None:
-        """Leave the parent's connections, and what it has finished, to the parent."""
+        """Leave to the parent what it has finished."""
         self._finished = []
         self._lock = threading.Lock()
-        if self._engine is not None:
-            self._engine.dispose(close=False)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+from sqlalchemy import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
+
+from tornado_sa.home import Home
 
 
 class SharedPool(Pool):
@@ -19,24 +23,36 @@ class SharedPool(Pool):
     """
 
     def __init__(self, creator: Callable[..., DBAPIConnection], **options: Any) -> None:
-        self._connect = creator
         self._shared: dict[str, DBAPIConnection] = {}
         self._idle: list[ConnectionPoolEntry] = []
         self._out = 0
-        # The cast: mypy compares a creator that takes a record with one that takes nothing.
-        super().__init__(cast("Any", self._share), **options)
-
-    def _share(self, record: ConnectionPoolEntry) -> DBAPIConnection:
-        if not self._shared:
-            connection = self._connect(record)  # several may, at the same time; the first one wins
-            if self._shared.setdefault("connection", connection) is not connection:
-                super()._close_connection(connection)
-        return self._shared["connection"]
+        self._home = Home()
+        super().__init__(cast("Any", creator), **options)
 
     def _do_get(self) -> ConnectionPoolEntry:
+        if cast("Dialect", self._dialect).is_async and not self._home.is_here():
+            self._move()
+        # A new record connects, and is set up, by itself: on the shared connection somebody may be
+        # at work, and SQLite refuses to define functions meanwhile. Then it gets the shared one;
+        # the first to come here has made it.
         record = self._idle.pop() if self._idle else self._create_connection()
+        mine = record.dbapi_connection
+        if mine is None:  # invalidated
+            shared = self._shared["connection"]
+        else:
+            shared = self._shared.setdefault("connection", mine)
+            if shared is not mine:
+                super()._close_connection(mine)
+        cast("Any", record).dbapi_connection = shared
         self._out += 1
         return record
+
+    def _move(self) -> None:
+        self._home.move(is_empty=not self._shared)
+        for connection in self._shared.values():
+            # Private, and new in SQLAlchemy 2.1: where the tasks of a closed loop stood in line.
+            if hasattr(connection, "_execute_mutex"):
+                connection._execute_mutex = asyncio.Lock()
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self._out -= 1
@@ -64,7 +80,7 @@ class SharedPool(Pool):
     def recreate(self) -> SharedPool:
         """Make an empty pool with the same settings."""
         return type(self)(
-            self._connect,
+            self._creator,
             recycle=self._recycle,
             echo=self.echo,
             logging_name=self._orig_logging_name,

@@ -8,12 +8,14 @@ import threading
 import time
 from abc import abstractmethod
 from collections import OrderedDict, deque
+from contextlib import suppress
 from typing import Any, cast
 
 from sqlalchemy import Dialect, exc
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_only
 
+from tornado_sa.home import Home
 from tornado_sa.turns import Grant, TaskTurn, ThreadTurn, Turn, running_loop, wake_up
 
 
@@ -285,7 +287,33 @@ class FairPool(FairPoolCore):
 
 
 class AsyncFairPool(FairPoolCore):
-    """The pool of an `.AsyncDatabase`. Tasks wait in it, also those of several event loops."""
+    """The pool of an `.AsyncDatabase`. The tasks of one event loop wait in it: of its `.Home`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._home = Home()
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        if not self._home.is_here():
+            self._move()
+        return super()._do_get()
+
+    def dispose(self) -> None:
+        if not self._home.is_here():
+            self._move()
+        super().dispose()
+
+    def _move(self) -> None:
+        with self._lock:
+            self._home.move(is_empty=self._total == 0)
+            stranded, self._idle = self._idle, deque()
+        for record, _ in stranded:
+            # As well as can be done from another loop. Where the driver cannot, the garbage
+            # collector closes the socket.
+            if record is not None and record.dbapi_connection is not None:
+                with suppress(Exception):
+                    cast("Dialect", self._dialect).do_close(record.dbapi_connection)
+        self._settle(gone=len(stranded))
 
     def _take_turn(self) -> Turn:
         return TaskTurn()

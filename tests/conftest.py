@@ -22,6 +22,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import Application
 
 from tests.cluster import Cluster
+from tests.pgbouncer import PgBouncer
 from tests.support import (
     ASYNC,
     BRIDGED,
@@ -212,6 +213,17 @@ def serve(app: Application, http_client: Any, base_url: str) -> Any:
         return fetch
 
     return start
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgresql_url: str) -> Iterator[PgBouncer]:
+    """A PgBouncer before the database of this test run."""
+    folder = Path(tempfile.mkdtemp(prefix="tornado_sa_"))
+    folder.chmod(0o755)
+    pgbouncer = PgBouncer(folder, postgresql_url)
+    yield pgbouncer
+    pgbouncer.stop()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,12 @@ async def use(db: Any, who: str) -> str:
     return " ".join(found)
 
 
+async def work(db: Any, who: str) -> None:
+    """All that a process does, to its end."""
+    print(await use(db, who), flush=True)
+    await settle(db.dispose())
+
+
 async def run(db: Any, block: str, function: Any, read_only: bool = False) -> Any:
     options = {"read_only": True} if read_only else {}
     if isinstance(db, AsyncDatabase):
@@ -57,22 +63,21 @@ def main(how: str, flavour: str, url: str) -> None:
         if how == "os.fork":  # with a loop that stays open
             for number in range(CHILDREN):
                 if os.fork() == 0:
-                    print(asyncio.run(use(db, f"child{number}")), flush=True)
+                    asyncio.run(work(db, f"child{number}"))
                     os._exit(0)
                 assert os.wait()[1] == 0
         else:  # Tornado's own functions want none that is open, and keep the parent to themselves
             loop.close()
             if how == "fork_processes":
                 number = fork_processes(CHILDREN, max_restarts=0)
-                print(asyncio.run(use(db, f"child{number}")), flush=True)
+                asyncio.run(work(db, f"child{number}"))
             else:
                 serve(db, flavour)
             return
     except SystemExit as end:  # all children have ended
         assert end.code == 0
         loop = asyncio.new_event_loop()
-    print(loop.run_until_complete(use(db, "after")), flush=True)
-    loop.run_until_complete(settle(db.dispose()))
+    loop.run_until_complete(work(db, "after"))
     loop.close()
 
 
@@ -97,6 +102,7 @@ def serve(db: Any, flavour: str) -> None:
     print(f"port {port}", flush=True)
     server.start(CHILDREN, max_restarts=0)
     IOLoop.current().start()
+    IOLoop.current().run_sync(lambda: settle(db.dispose()))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from tests.cluster import Cluster
+from tests.pgbouncer import PgBouncer
 
 README = Path(__file__).parents[1] / "README.rst"
 BLOCKS = re.findall(
@@ -46,7 +47,7 @@ def run(block: str, folder: Path, **environment: str) -> None:
 
 def test_there_is_an_example_for_each_question() -> None:
     assert len(re.findall(r"^[1-7]\. .*\?\n~~~", README.read_text(), re.MULTILINE)) == 7
-    assert len(BLOCKS) == 14
+    assert len(BLOCKS) == 15
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=[f"block{i}" for i in range(1, len(BLOCKS))])
@@ -61,6 +62,10 @@ def test_example(block: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
             connection.execute(text("CREATE DATABASE other"))
         engine.dispose()
         run(block, tmp_path, DATABASE_URL=str(url), OTHER_DATABASE_URL=str(other))
+    elif "PGBOUNCER_URL" in block:
+        pooler: PgBouncer = request.getfixturevalue("pgbouncer")
+        app, reader = (pooler.url("postgresql+asyncpg", name) for name in ("", "reader"))
+        run(block, tmp_path, PGBOUNCER_URL=app, PGBOUNCER_READER=reader)
     else:
         run(block, tmp_path)
 

@@ -25,6 +25,10 @@ EngineT = TypeVar("EngineT", bound=Engine | AsyncEngine)
 # SET would do it too, and would stay behind on a connection that a transaction pooler shares.
 _SETTING = "default_transaction_read_only"
 
+# Asked of each new connection, for a pooler in between may have dropped the parameter. PgBouncer
+# does, if it stands in its ignore_startup_parameters.
+_IS_READ_ONLY = f"SHOW {_SETTING}"
+
 # Said once to each new connection of the others.
 _ON_CONNECT = {
     "mysql": "SET SESSION TRANSACTION READ ONLY",
@@ -74,6 +78,8 @@ class Reader(Generic[EngineT]):
         backend = plain.dialect.name
         if backend in _ON_CONNECT:
             event.listen(plain, "connect", _saying(_ON_CONNECT[backend]))
+        else:
+            event.listen(plain, "connect", _check_read_only)
         event.listen(plain, "handle_error", _translate)
         _save_round_trips(plain.dialect)
         level = _TRANSACTION[backend]
@@ -220,6 +226,24 @@ def _saying(statement: str) -> Callable[..., None]:
             cursor.close()
 
     return say
+
+
+def _check_read_only(connection: Any, _record: Any) -> None:
+    """Raise `.ConfigurationError` if PostgreSQL would not refuse to write."""
+    cursor = connection.cursor()
+    try:
+        cursor.execute(_IS_READ_ONLY)
+        (found,) = cursor.fetchone()
+    finally:
+        cursor.close()
+        connection.rollback()
+    if found != "on":
+        connection.close()  # SQLAlchemy would leave that to the garbage collector
+        raise ConfigurationError(
+            f"The reader's connections are not read-only: {_SETTING} is {found!r}, although it was"
+            " sent as a start-up parameter. A pooler must have dropped it. For PgBouncer, name a"
+            f" database in reader_url that has connect_query='SET {_SETTING} = on'."
+        )
 
 
 def _save_round_trips(dialect: Dialect) -> None:

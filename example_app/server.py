@@ -18,6 +18,9 @@ from tornado.httputil import (
 
 logger = logging.getLogger("example_app")
 
+# How long an idle connection is kept for a request that may be on its way already, in seconds.
+LINGER = 0.1
+
 
 class DrainingServer(HTTPServer):
     """An ``HTTPServer`` that knows which of its connections owe an answer."""
@@ -25,6 +28,7 @@ class DrainingServer(HTTPServer):
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         """Called by the constructor, with its arguments."""
         super().initialize(*args, **kwargs)
+        self._requests = 0
         self._owing: set[object] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -51,12 +55,18 @@ class DrainingServer(HTTPServer):
         # Answers say "Connection: close" from now on, or a busy client could go on for ever.
         self.conn_params.no_keep_alive = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                seen = -1
+                while self._owing or seen != self._requests:
+                    seen = self._requests
+                    await self._idle.wait()
+                    await asyncio.sleep(LINGER)
         except TimeoutError:
             logger.warning("Cut off after %g s: %d unanswered requests", timeout, len(self._owing))
         await self.close_all_connections()
 
     def _asked(self, server_conn: object) -> None:
+        self._requests += 1
         self._owing.add(server_conn)
         self._idle.clear()
 

@@ -1,0 +1,69 @@
+"""SIGTERM under load: what was accepted is answered, stored and followed up. Row 29."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+
+import pytest
+from sqlalchemy import text
+
+from tests.support import Flavour
+
+CLIENTS = 8
+
+
+async def client(port: int, number: int, answered: list[str], dropped: list[str]) -> None:
+    """Send one request after the other over one connection, until the server closes it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for turn in range(10_000):
+        sent = f"{number}-{turn}"
+        body = f"text={sent}"
+        writer.write(
+            "POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            answer = await reader.readexactly(len(sent))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            dropped.append(sent)
+            break
+        assert head.startswith(b"HTTP/1.1 200"), head
+        assert answer == sent.encode()
+        answered.append(sent)
+        if b"Connection: close" in head:
+            assert await reader.read() == b""
+            break
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.gen_test(timeout=60)
+async def test_sigterm_under_load(flavour: Flavour) -> None:
+    url = flavour.sync_engine.url.render_as_string(hide_password=False)
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-m", "tests.serving", flavour.name, url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert server.stdout is not None
+    port = int(await server.stdout.readline())
+    answered: list[str] = []
+    dropped: list[str] = []
+    clients = [client(port, number, answered, dropped) for number in range(CLIENTS)]
+    asyncio.get_running_loop().call_later(0.5, server.send_signal, signal.SIGTERM)
+    await asyncio.gather(*clients)
+    out, errors = await server.communicate()
+
+    assert (server.returncode, errors, dropped) == (0, b"", [])
+    assert b"checked_out=0" in out and b"open_scopes=[]" in out
+    assert len(answered) > CLIENTS
+    mails = [f"mail for {one}" for one in answered]
+    assert sorted(flavour.texts()) == sorted([*answered, *mails])
+    if flavour.dialect == "postgresql":
+        mine = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        with flavour.admin.connect() as connection:
+            assert connection.scalar(text(mine)) == 1  # this one

@@ -9,6 +9,7 @@ its number of notes, and the server connections that its two engines have, if th
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from typing import Any
@@ -28,6 +29,7 @@ CHILDREN = 2
 
 async def use(db: Any, who: str) -> str:
     """Write a note as ``who`` and read all; return the line to print."""
+    gc.collect()  # what a child collects must not be the parent's connections
     await run(db, "begin", lambda session: session.add(Note(text=who)))
     number = await run(db, "scope", lambda session: session.scalar(select(func.count(Note.id))))
     found = [who, str(number)]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent
 
@@ -47,10 +49,13 @@ def run(block: str, folder: Path, **environment: str) -> None:
 
 def test_there_is_an_example_for_each_question() -> None:
     assert len(re.findall(r"^[1-7]\. .*\?\n~~~", README.read_text(), re.MULTILINE)) == 7
-    assert len(BLOCKS) == 15
+    assert len(BLOCKS) == 17
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:], ids=[f"block{i}" for i in range(1, len(BLOCKS))])
+PROGRAMS = [block for block in BLOCKS[1:] if "SIGTERM" not in block]
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=[f"block{i}" for i in range(len(PROGRAMS))])
 def test_example(block: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if "DATABASE_URL" in block:
         cluster: Cluster = request.getfixturevalue("cluster")
@@ -70,24 +75,39 @@ def test_example(block: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
         run(block, tmp_path)
 
 
-def test_first_application(tmp_path: Path) -> None:
-    assert len(dedent(BLOCKS[0]).strip().splitlines()) < 32
-    (tmp_path / "app.py").write_text(dedent(BLOCKS[0]))
+@contextmanager
+def serving(block: str, folder: Path, url: str, data: bytes | None) -> Iterator[bytes]:
+    """Run an example that is a server, and yield its first answer; it ends by SIGTERM."""
+    (folder / "app.py").write_text(dedent(block))
     server = subprocess.Popen(
-        [sys.executable, "app.py"],
-        cwd=tmp_path,
+        [sys.executable, "-W", "error", "app.py"],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(README.parent)},
     )
     try:
-        url = "http://127.0.0.1:8888/notes/1"
         for _ in range(100):
             try:
-                urllib.request.urlopen(url, b"text=hello").close()
+                with urllib.request.urlopen(url, data) as response:
+                    answer = response.read()
                 break
             except OSError:
                 assert server.poll() is None
                 time.sleep(0.1)
-        assert urllib.request.urlopen(url).read() == b"hello"
+        yield answer
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait()
+        code = server.wait()
+    assert code == (0 if "SIGTERM" in block else -signal.SIGTERM)
+
+
+def test_first_application(tmp_path: Path) -> None:
+    assert len(dedent(BLOCKS[0]).strip().splitlines()) < 32
+    url = "http://127.0.0.1:8888/notes/1"
+    with serving(BLOCKS[0], tmp_path, url, b"text=hello"):
+        assert urllib.request.urlopen(url).read() == b"hello"
+
+
+def test_shutdown(tmp_path: Path) -> None:
+    (block,) = set(BLOCKS[1:]) - set(PROGRAMS)
+    with serving(block, tmp_path, "http://127.0.0.1:8889/", None) as answer:
+        assert answer == b"hello"

@@ -9,8 +9,11 @@ import sys
 
 import pytest
 from sqlalchemy import text
+from tornado.testing import bind_unused_port
+from tornado.web import Application, RequestHandler
 
-from tests.support import Flavour
+from example_app.server import DrainingServer
+from tests.support import Flavour, RawClient
 
 CLIENTS = 8
 
@@ -67,3 +70,26 @@ async def test_sigterm_under_load(flavour: Flavour) -> None:
         mine = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         with flavour.admin.connect() as connection:
             assert connection.scalar(text(mine)) == 1  # this one
+
+
+@pytest.mark.gen_test
+async def test_request_that_is_on_its_way_is_answered() -> None:
+    """The next one of a connection that is idle at the moment when the server is told to end."""
+
+    class Handler(RequestHandler):
+        def get(self) -> None:
+            self.finish("hello")
+
+    server = DrainingServer(Application([("/", Handler)]))
+    sock, port = bind_unused_port()
+    server.add_socket(sock)
+    async with RawClient(f"http://127.0.0.1:{port}/") as client:
+        await client.send("GET / HTTP/1.1\nHost: x")
+        await client.reader.readuntil(b"hello")
+        drained = asyncio.ensure_future(server.drain(5))
+        await asyncio.sleep(0.02)
+        assert not drained.done()
+        await client.send("GET / HTTP/1.1\nHost: x")
+        answer = await client.reader.read()
+        assert answer.endswith(b"hello") and b"Connection: close" in answer
+        await drained

@@ -10,29 +10,27 @@ from contextvars import copy_context
 from inspect import isawaitable
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar, cast
 
-from sqlalchemy import URL, Engine, select
+from sqlalchemy import URL, select
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
-    create_async_engine,
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tornado_sa import in_doubt
 from tornado_sa.after_commit import LaterCall
-from tornado_sa.binds import bound_engines, distinct
+from tornado_sa.binds import Engines, distinct
 from tornado_sa.blocks import AsyncBlock
 from tornado_sa.bridge import BridgedSession, bridged_class, complete, cross, is_bridged, step_aside
 from tornado_sa.changes import connections_of
-from tornado_sa.core import SESSION_DEFAULTS, DatabaseCore, ScopeRegistry, no_answer
-from tornado_sa.decisions import Decisions
+from tornado_sa.core import DatabaseCore, ScopeRegistry, no_answer
 from tornado_sa.ending import log_failed_call, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import async_engine
 from tornado_sa.in_doubt import InDoubt
-from tornado_sa.reader import Reader, make_reader
+from tornado_sa.reader import Reader
 from tornado_sa.scope import Scope, current, current_scope
 from tornado_sa.two_phase import two_phase_class
 
@@ -80,48 +78,23 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         hold_warning: float | None = None,
         debug: bool = False,
     ) -> None:
-        #: The SQLAlchemy engine.
-        self.engine: AsyncEngine = async_engine(url, engine_options, ping_after)
-        #: The engine of each key of ``binds``.
-        self.binds: dict[Any, AsyncEngine] = bound_engines(
-            (url, self.engine),
-            binds,
-            session_options,
-            lambda other: async_engine(
-                other, None if isinstance(other, AsyncEngine) else engine_options, ping_after
-            ),
+        engines = Engines(
+            async_engine, url, reader_url, binds, engine_options, session_options, ping_after
         )
-        others = [engine.sync_engine for engine in self.binds.values()]
-        decisions = Decisions(self.engine.sync_engine, self._engine_for_decisions)
-        options = {"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
-        if others:
-            options["binds"] = self.binds
+        #: The SQLAlchemy engine.
+        self.engine: AsyncEngine = engines.first
+        #: The engine of each key of ``binds``.
+        self.binds: dict[Any, AsyncEngine] = engines.binds
+        options = engines.session_options
         plain = options.pop("sync_session_class", None)
         plain = plain or options.get("class_", AsyncSession).sync_session_class
         if options.get("twophase"):
-            plain = two_phase_class(plain, [self.engine.sync_engine, *others], decisions)
-        options["sync_session_class"] = bridged_class(plain, debug)
+            plain = two_phase_class(plain, engines.plain, engines.decisions)
+        plain = options["sync_session_class"] = bridged_class(plain, debug)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: async_sessionmaker[AsyncSession] = async_sessionmaker(**options)
-        reader = make_reader(
-            async_engine,
-            url,
-            reader_url,
-            engine_options,
-            {**(session_options or {}), **({"binds": binds} if binds else {})},
-            ping_after,
-        )
         self._reader: Reader[AsyncEngine]
-        super().__init__(
-            self.sessionmaker,
-            self.engine.sync_engine,
-            reader,
-            options["sync_session_class"],
-            hold_warning,
-            debug,
-            others,
-            decisions,
-        )
+        super().__init__(self.sessionmaker, engines, plain, hold_warning, debug)
         #: The current scope's session, usable from anywhere below the scope.
         self.session: async_scoped_session[AsyncSession] = async_scoped_session(
             self.sessionmaker, current_scope
@@ -131,10 +104,6 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         #: the bridge.
         self.sync_session: scoped_session[Session] = scoped_session(sessionmaker(), current_scope)
         self.sync_session.registry = ScopeRegistry(self, self.plain_session_in)
-
-    def _engine_for_decisions(self) -> Engine:
-        pool = self.engine.sync_engine.pool.recreate()
-        return create_async_engine(self.engine.url, pool=pool).sync_engine
 
     @property
     def reader(self) -> AsyncEngine:

@@ -1,15 +1,61 @@
-"""Several databases in one session: an engine for each of ``binds``."""
+"""The engines of one database: the first, one for each of ``binds``, and the reader's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import URL, exc, make_url
+from sqlalchemy import URL, Engine, exc, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from tornado_sa.decisions import Decisions
+from tornado_sa.engine import plain
 from tornado_sa.errors import ConfigurationError
+from tornado_sa.reader import make_reader
 
-EngineT = TypeVar("EngineT")
+T = TypeVar("T")
+EngineT = TypeVar("EngineT", bound=Engine | AsyncEngine)
+
+
+# Defaults that differ from SQLAlchemy's. A closed session raises instead of silently
+# beginning again; objects stay readable after the commit.
+SESSION_DEFAULTS = {"close_resets_only": False, "expire_on_commit": False}
+
+
+class Engines(Generic[EngineT]):
+    """All engines of a database, made from what its constructor was given.
+
+    ``make`` makes one from a URL or a ready engine, the engine options, and
+    ``ping_after``. Raises `.ConfigurationError`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Any, Mapping[str, Any] | None, float | None], EngineT],
+        url: Any,
+        reader_url: str | URL | None,
+        binds: Mapping[Any, Any] | None,
+        engine_options: Mapping[str, Any] | None,
+        session_options: Mapping[str, Any] | None,
+        ping_after: float | None,
+    ) -> None:
+        def make_other(target: Any) -> EngineT:
+            ready = isinstance(target, Engine | AsyncEngine)
+            return make(target, None if ready else engine_options, ping_after)
+
+        self.first = make(url, engine_options, ping_after)
+        self.binds = bound_engines((url, self.first), binds, session_options, make_other)
+        #: Without their async facades.
+        self.plain: list[Engine] = distinct([plain(self.first), *map(plain, self.binds.values())])
+        #: Where two-phase commits of them are decided.
+        self.decisions = Decisions(self.plain[0])
+        given = dict(session_options or {})
+        choosing = {**given, **({"binds": binds} if binds else {})}
+        self.reader = make_reader(make, url, reader_url, engine_options, choosing, ping_after)
+        #: The options for the factory of the sessions.
+        self.session_options: dict[str, Any] = {"bind": self.first, **SESSION_DEFAULTS, **given}
+        if self.binds:
+            self.session_options["binds"] = self.binds
 
 
 def bound_engines(
@@ -38,7 +84,7 @@ def bound_engines(
     return engines
 
 
-def distinct(engines: Sequence[EngineT]) -> list[EngineT]:
+def distinct(engines: Sequence[T]) -> list[T]:
     """``engines`` without repetitions, in their order."""
     return list(dict.fromkeys(engines))
 

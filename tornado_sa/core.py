@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from asyncio import Task
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
@@ -19,23 +19,17 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from tornado_sa.after_commit import LaterCall, remember, take_due, watch_commits
-from tornado_sa.binds import distinct
+from tornado_sa.binds import Engines
 from tornado_sa.changes import uncommitted, watch_sessions, watch_writes
-from tornado_sa.decisions import Decisions
 from tornado_sa.ending import discard_connection, log_failed_closing, logger, roll_back_and_close
 from tornado_sa.engine import shown
 from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed, TornadoSAError
 from tornado_sa.holds import warn_of_long_holds
-from tornado_sa.reader import Reader
 from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
 
 P = ParamSpec("P")
 SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
-
-# Defaults that differ from SQLAlchemy's. A closed session raises instead of silently
-# beginning again; objects stay readable after the commit.
-SESSION_DEFAULTS = {"close_resets_only": False, "expire_on_commit": False}
 
 
 @dataclass(frozen=True)
@@ -68,21 +62,18 @@ class DatabaseCore(Generic[SessionT]):
     def __init__(
         self,
         make_session: Callable[[], SessionT],
-        engine: Engine,
-        reader: Reader[Any],
+        engines: Engines[Any],
         plain_class: type[Session] | sessionmaker[Any],
         hold_warning: float | None,
         debug: bool,
-        others: Sequence[Engine],
-        decisions: Decisions,
     ) -> None:
         #: True if a response that leaves work uncommitted is an error.
         self.debug: bool = debug
         self._make_session = make_session
-        self._sync_engine = engine
-        self._engines = distinct([engine, *others])
-        self._decisions = decisions
-        self._reader = reader
+        self._engines = engines.plain
+        self._sync_engine = self._engines[0]
+        self._decisions = engines.decisions
+        self._reader = engines.reader
         self._open_scopes: set[Scope] = set()
         self._disposed_at = float("-inf")  # seconds of time.monotonic
         self._of_the_parent: list[Any] = []

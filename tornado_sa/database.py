@@ -9,19 +9,18 @@ from functools import partial
 from inspect import isawaitable, iscoroutine
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from sqlalchemy import URL, Engine, create_engine, select
+from sqlalchemy import URL, Engine, select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from tornado_sa import in_doubt, workers
 from tornado_sa.after_commit import LaterCall
-from tornado_sa.binds import bound_engines
+from tornado_sa.binds import Engines
 from tornado_sa.blocks import Block
-from tornado_sa.core import SESSION_DEFAULTS, ScopeRegistry, no_answer
-from tornado_sa.decisions import Decisions
+from tornado_sa.core import ScopeRegistry, no_answer
 from tornado_sa.ending import log_failed_call, logger
 from tornado_sa.engine import sync_engine
 from tornado_sa.in_doubt import InDoubt
-from tornado_sa.reader import Reader, make_reader
+from tornado_sa.reader import Reader
 from tornado_sa.scope import Scope, current, current_scope
 from tornado_sa.threads import ThreadedDatabase
 from tornado_sa.two_phase import two_phase_class
@@ -84,48 +83,21 @@ class Database(ThreadedDatabase):
         hold_warning: float | None = None,
         debug: bool = False,
     ) -> None:
+        engines = Engines(
+            sync_engine, url, reader_url, binds, engine_options, session_options, ping_after
+        )
         #: The SQLAlchemy engine.
-        self.engine: Engine = sync_engine(url, engine_options, ping_after)
+        self.engine: Engine = engines.first
         #: The engine of each key of ``binds``.
-        self.binds: dict[Any, Engine] = bound_engines(
-            (url, self.engine),
-            binds,
-            session_options,
-            lambda other: sync_engine(
-                other, None if isinstance(other, Engine) else engine_options, ping_after
-            ),
-        )
-        options = {"bind": self.engine, **SESSION_DEFAULTS, **(session_options or {})}
-        others = list(self.binds.values())
-        decisions = Decisions(
-            self.engine, lambda: create_engine(self.engine.url, pool=self.engine.pool.recreate())
-        )
-        if others:
-            options["binds"] = self.binds
+        self.binds: dict[Any, Engine] = engines.binds
+        options = engines.session_options
         if options.get("twophase"):
             base = options.get("class_", Session)
-            options["class_"] = two_phase_class(base, [self.engine, *others], decisions)
+            options["class_"] = two_phase_class(base, engines.plain, engines.decisions)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: sessionmaker[Session] = sessionmaker(**options)
-        reader = make_reader(
-            sync_engine,
-            url,
-            reader_url,
-            engine_options,
-            {**(session_options or {}), **({"binds": binds} if binds else {})},
-            ping_after,
-        )
         self._reader: Reader[Engine]
-        super().__init__(
-            self.sessionmaker,
-            self.engine,
-            reader,
-            self.sessionmaker,
-            hold_warning,
-            debug,
-            others,
-            decisions,
-        )
+        super().__init__(self.sessionmaker, engines, self.sessionmaker, hold_warning, debug)
         #: The current scope's session, usable from anywhere below the scope.
         self.session: scoped_session[Session] = scoped_session(self.sessionmaker, current_scope)
         self.session.registry = ScopeRegistry(self, self.session_in)

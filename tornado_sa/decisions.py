@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -13,7 +12,7 @@ from sqlalchemy import Column, DateTime, Engine, MetaData, String, Table, func, 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.schema import CreateTable
 
-from tornado_sa.engine import shown
+from tornado_sa.engine import copy_of, shown
 from tornado_sa.errors import ConfigurationError
 from tornado_sa.responses import summary
 
@@ -64,10 +63,9 @@ class Decisions:
     connection of the pool already: when all of them do, none can go on.
     """
 
-    def __init__(self, engine: Engine, copy: Callable[[], Engine]) -> None:
+    def __init__(self, engine: Engine) -> None:
         #: The first database.
         self.first = engine
-        self._copy = copy
         self._engine: Engine | None = None
         self._lock = threading.Lock()
         self._realm: str | None = None
@@ -77,7 +75,7 @@ class Decisions:
     def engine(self) -> Engine:
         with self._lock:  # two threads must not make one each
             if self._engine is None:
-                self._engine = self._copy()
+                self._engine = copy_of(self.first)
             return self._engine
 
     def new_gid(self) -> str:

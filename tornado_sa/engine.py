@@ -95,6 +95,19 @@ def async_engine(
     return engine
 
 
+def plain(engine: Engine | AsyncEngine) -> Engine:
+    """``engine`` without its async facade."""
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
+def copy_of(engine: Engine) -> Engine:
+    """An engine like ``engine``, with a pool of its own."""
+    pool = engine.pool.recreate()
+    if engine.dialect.is_async:
+        return create_async_engine(engine.url, pool=pool).sync_engine
+    return create_engine(engine.url, pool=pool)
+
+
 def is_memory(url: URL) -> bool:
     """True if the SQLite ``url`` names a database that lives in memory."""
     return not url.database or ":memory:" in url.database or url.query.get("mode") == "memory"

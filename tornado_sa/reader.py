@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from tornado_sa.changes import session_of, writing_word
-from tornado_sa.engine import is_memory, parse
+from tornado_sa.engine import is_memory, parse, plain
 from tornado_sa.errors import ConfigurationError, ReadOnlyViolation
 from tornado_sa.scope import ReadOnly, Scope
 
@@ -74,14 +74,14 @@ class Reader(Generic[EngineT]):
         self._why_none = why_none
         if engine is None:
             return
-        plain: Engine = _plain(engine)
-        backend = plain.dialect.name
+        on = plain(engine)
+        backend = on.dialect.name
         if backend in _ON_CONNECT:
-            event.listen(plain, "connect", _saying(_ON_CONNECT[backend]))
+            event.listen(on, "connect", _saying(_ON_CONNECT[backend]))
         else:
-            event.listen(plain, "connect", _check_read_only)
-        event.listen(plain, "handle_error", _translate)
-        _save_round_trips(plain.dialect)
+            event.listen(on, "connect", _check_read_only)
+        event.listen(on, "handle_error", _translate)
+        _save_round_trips(on.dialect)
         level = _TRANSACTION[backend]
         self._streaming = cast(EngineT, engine.execution_options(isolation_level=level))
 
@@ -94,21 +94,21 @@ class Reader(Generic[EngineT]):
 
     def plain_engine(self) -> Engine | None:
         """The engine, without its async facade; None if there is none."""
-        return None if self.engine_or_none is None else _plain(self.engine_or_none)
+        return None if self.engine_or_none is None else plain(self.engine_or_none)
 
     def take_over(self, session: Any, scope: Scope, how: ReadOnly) -> None:
         """Make ``session``, which is new, one that only reads.
 
         Raises `.ConfigurationError` if the database has no reader.
         """
-        plain: Session = getattr(session, "sync_session", session)
+        inner: Session = getattr(session, "sync_session", session)
         # Kept here and not looked up later: another scope may be the current one by then.
-        plain.info[_LABEL] = scope.label
+        inner.info[_LABEL] = scope.label
         if self._in_memory:
-            event.listen(plain, "after_begin", _refuse_writes)
+            event.listen(inner, "after_begin", _refuse_writes)
             return
         engine = self._streaming if how.stream and self.engine_or_none else self.engine
-        session.bind, plain.bind = engine, _plain(engine)
+        session.bind, inner.bind = engine, plain(engine)
 
 
 def make_reader(
@@ -177,10 +177,6 @@ def _why_not(
     if driver not in ("asyncpg", "psycopg", "psycopg_async", "psycopg2", ""):
         return f"tornado_sa has no start-up parameters for {driver}. Use psycopg or asyncpg."
     return None
-
-
-def _plain(engine: Engine | AsyncEngine) -> Engine:
-    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
 def _driver(url: URL) -> str:

@@ -8,6 +8,7 @@ for each of theirs.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from asyncio import AbstractEventLoop, Task
 from collections.abc import Awaitable
 from typing import Any, ClassVar, cast
@@ -24,6 +25,7 @@ from tornado_sa.memory import SharedPool
 from tornado_sa.outer import OURS, Outer, make_outer
 from tornado_sa.reader import LABEL, is_refusal, violation
 from tornado_sa.scope import ReadOnly, Scope
+from tornado_sa.turns import running_loop
 from tornado_sa.unit_lock import UnitLock
 
 # In the info of a session that only reads.
@@ -44,14 +46,17 @@ class Isolation:
         #: whose work was committed, in their order. Each has a ``name``, and ``call()`` makes it.
         self.calls: list[LaterCall] = []
         self.lock = UnitLock(f"isolated({database!r})", timeout)
-        #: The event loop that the connections of an `.AsyncDatabase` belong to.
+        #: The event loop of the test, once it has been seen, and the tasks it had by then.
         self.loop: AbstractEventLoop | None = None
-        self._database = database
-        self._captures = capture
+        self.tasks_before: weakref.WeakSet[Task[Any]] = weakref.WeakSet()
+        self.database = database
+        #: True if calls are kept, and not made.
+        self.captures = capture
         self._outers: dict[Dialect, Outer] = {}
         self._begun: set[Session] = set()
         self._loose: dict[Session, Scope] = {}
         self._base: Any = None
+        self._out_before = 0
 
     # -- on and off ----------------------------------------------------------
 
@@ -60,7 +65,7 @@ class Isolation:
 
         Raises `.TornadoSAError` where that cannot be.
         """
-        database = self._database
+        database = self.database
         maker: Any = database._make_session
         if database._isolation is not None:
             raise TornadoSAError(
@@ -86,19 +91,20 @@ class Isolation:
             maker.class_ = self._session_class(self._base)
         for engine in database._engines:
             event.listen(engine, "handle_error", self._translate)
+        self._out_before = self._checked_out()
         database._isolation = self
 
     def switch_off(self) -> None:
         """Make plain sessions again. Who still waits for the connection is sent away."""
         self.lock.end()
-        maker: Any = self._database._make_session
+        maker: Any = self.database._make_session
         if isinstance(maker, async_sessionmaker):
             maker.configure(sync_session_class=self._base)
         else:
             maker.class_ = self._base
-        for engine in self._database._engines:
+        for engine in self.database._engines:
             event.remove(engine, "handle_error", self._translate)
-        self._database._isolation = None
+        self.database._isolation = None
 
     def roll_back(self) -> None:
         """Roll everything back, and give the connections back. For an `.AsyncDatabase`, I/O."""
@@ -111,6 +117,25 @@ class Isolation:
                 failures.append(error)
         if failures:
             raise failures[0]
+
+    def abandon(self) -> None:
+        """Give the connections up, whose event loop is no more."""
+        while self._outers:
+            self._outers.popitem()[1].abandon()
+
+    def others_connected(self) -> int:
+        """How many connections are out now that were not before, without those of its own."""
+        return self._checked_out() - self._out_before - len(self._outers)
+
+    def _checked_out(self) -> int:
+        pools: list[Any] = [engine.pool for engine in self.database._sync_engines()]
+        return sum(pool.checkedout() for pool in pools if hasattr(pool, "checkedout"))
+
+    def _meet_loop(self) -> None:
+        loop = running_loop() if self.loop is None else None
+        if loop is not None:
+            self.loop = loop
+            self.tasks_before.update(asyncio.all_tasks(loop))
 
     @property
     def is_connected(self) -> bool:
@@ -127,6 +152,7 @@ class Isolation:
 
     def begin(self, scope: Scope) -> Awaitable[None] | None:
         """Let ``scope`` have the connection; None if it has it now, else wait for that."""
+        self._meet_loop()
         scope.put(self, self)  # before it waits: a scope that ends leaves the line
         turn = self._join(scope)
         return None if turn is None else self._wait(scope, turn)
@@ -139,7 +165,7 @@ class Isolation:
             raise
 
     def _join(self, scope: Scope) -> Any:
-        self._look_at_holder()
+        self.look_at_holder()
         try:
             return self.lock.join(scope)
         except BaseException:
@@ -148,8 +174,9 @@ class Isolation:
 
     def take(self, scope: Scope) -> None:
         """The same for plain code, which waits where it can."""
+        self._meet_loop()
         scope.put(self, self)
-        self._look_at_holder()
+        self.look_at_holder()
         try:
             self.lock.take(scope)
         except BaseException:
@@ -159,7 +186,7 @@ class Isolation:
     def end_session(self, scope: Scope, _session: object) -> Task[None] | None:
         """The unit of work is over; its last session may still be rolling back."""
         if self.lock.holder is scope:
-            self._look_at_holder()
+            self.look_at_holder()
         else:
             self.lock.leave(scope)
         return None
@@ -167,7 +194,7 @@ class Isolation:
     def uncommitted(self, _scope: Scope, _session: object) -> str | None:
         return None
 
-    def _look_at_holder(self) -> None:
+    def look_at_holder(self) -> None:
         """Pass the connection on if its holder is over, and its savepoint with it."""
         holder = self.lock.holder
         if holder is not None and holder.closed and not self._begun:
@@ -175,7 +202,7 @@ class Isolation:
 
     def capture(self, calls: list[LaterCall]) -> list[LaterCall]:
         """Keep the calls for the test; return those that are to be made at once."""
-        if not self._captures:
+        if not self.captures:
             return calls
         self.calls += calls
         return []
@@ -189,35 +216,34 @@ class Isolation:
     def take_over(self, session: Any, scope: Scope, _how: ReadOnly) -> None:
         """Make ``session`` one that only reads, as `.Reader.take_over` does."""
         if not self._in_memory:
-            self._database._reader.engine  # noqa: B018  (raises if the database has none)
+            self.database._reader.engine  # noqa: B018  (raises if the database has none)
         plain: Session = getattr(session, "sync_session", session)
         plain.info[LABEL] = scope.label
         plain.info[_READS] = True
 
     @property
     def _in_memory(self) -> bool:
-        return isinstance(self._database._sync_engine.pool, SharedPool)
+        return isinstance(self.database._sync_engine.pool, SharedPool)
 
     def connection_for(self, session: Session, engine: Engine) -> Connection:
         """The connection that ``session`` uses in place of ``engine``."""
         self._admit(session)
-        reader = self._database._reader.plain_engine()
+        reader = self.database._reader.plain_engine()
         if reader is not None and engine.dialect is reader.dialect:
-            engine = self._database._sync_engine
+            engine = self.database._sync_engine
         outer = self._outers.get(engine.dialect)
         if outer is None:
             in_memory = isinstance(engine.pool, SharedPool)
             outer = self._outers[engine.dialect] = make_outer(engine, in_memory)
             event.listen(outer.connection, "before_cursor_execute", self._refuse)
-            if self._database.needs_bridge:
-                self.loop = asyncio.get_running_loop()
+            self._meet_loop()
         elif session not in self._begun:
             outer.check()
         return outer.connection
 
     def _admit(self, session: Session) -> None:
         """Let ``session`` begin. One that belongs to no unit of work is one by itself."""
-        if self._database._isolation is not self:
+        if self.database._isolation is not self:
             raise TornadoSAError(
                 "A session was used that was made inside isolated(), which is over by now. Make"
                 " a new one."
@@ -225,7 +251,7 @@ class Isolation:
         if session in self._begun or session in self._loose:
             return
         holder = self.lock.holder
-        theirs = None if holder is None else holder.get(cast(Any, self._database))
+        theirs = None if holder is None else holder.get(cast(Any, self.database))
         if theirs is not None and getattr(theirs, "sync_session", theirs) is session:
             return
         scope = Scope("a session of db.sessionmaker()")
@@ -251,7 +277,7 @@ class Isolation:
         loose = self._loose.pop(session, None)
         if loose is not None:
             loose.end()
-        self._look_at_holder()
+        self.look_at_holder()
 
     def _refuse(self, connection: Connection, _cursor: Any, statement: str, *rest: Any) -> None:
         """Refuse to write for a session that only reads, on a server that cannot."""
@@ -272,11 +298,11 @@ class Isolation:
 
     def check_left(self) -> None:
         """Raise `.TornadoSAError` if units of work are not over."""
-        self._look_at_holder()
+        self.look_at_holder()
         left = self.in_use
         if left:
             raise TornadoSAError(
-                f"isolated({self._database!r}) ends while units of work are open, which are rolled"
+                f"isolated({self.database!r}) ends while units of work are open, which are rolled"
                 f" back with it: {_listed(left)}. Await them, or leave their `with` block, before."
             )
 

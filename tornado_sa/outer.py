@@ -7,6 +7,7 @@ for, and what ends the outer transaction behind our back has to be noticed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -117,6 +118,10 @@ class Outer:
         finally:
             self.connection.close()
 
+    def abandon(self) -> None:
+        """Forget the connection of an async driver, whose event loop is no more."""
+        self.connection.detach()  # from the pool, which would try to talk to the server
+
     def _say(self, statement: str) -> Any:
         return self.connection.exec_driver_sql(statement, execution_options={OURS: True})
 
@@ -186,6 +191,9 @@ class _SQLite(Outer):
     def _is_open(self) -> bool:
         return bool(self._driver.in_transaction)
 
+    def abandon(self) -> None:
+        self.end()  # aiosqlite has a thread instead of a loop, which has to be told to end
+
 
 class _SQLiteFile(_SQLite):
     def read_only(self) -> bool:
@@ -202,6 +210,11 @@ class _MySQL(Outer):
 
     def _is_open(self) -> bool:
         return bool(getattr(self._driver, "server_status", 1) & 1)  # SERVER_STATUS_IN_TRANS
+
+    def abandon(self) -> None:
+        with suppress(RuntimeError):  # its loop is closed; a second time, by __del__, it is silent
+            self._driver.close()
+        super().abandon()
 
 
 _KINDS: dict[str, Callable[[Engine], Outer]] = {

@@ -7,11 +7,12 @@ from types import TracebackType
 
 from tornado_sa.async_database import AsyncDatabase
 from tornado_sa.bridge import cross, step_aside
+from tornado_sa.counting import count_queries
 from tornado_sa.database import Database
 from tornado_sa.errors import TornadoSAError
 from tornado_sa.isolation import Isolation
 
-__all__ = ["Isolation", "isolated"]
+__all__ = ["Isolation", "count_queries", "isolated"]
 
 
 class isolated:
@@ -64,7 +65,7 @@ class isolated:
                 "isolated() on an AsyncDatabase has to be awaited. Write `async with"
                 " isolated(db):`, or use the fixture isolated_db."
             )
-        return self._switch_on()
+        return self.switch_on()
 
     def __exit__(
         self,
@@ -85,7 +86,7 @@ class isolated:
             raise TornadoSAError(
                 "isolated() on a Database has nothing to wait for. Write `with isolated(db):`."
             )
-        return self._switch_on()
+        return self.switch_on()
 
     async def __aexit__(
         self,
@@ -103,7 +104,8 @@ class isolated:
             isolation.switch_off()
             await asyncio.shield(cross(isolation.roll_back))
 
-    def _switch_on(self) -> Isolation:
+    def switch_on(self) -> Isolation:
+        """Begin, for the fixtures, whose end is another."""
         isolation = Isolation(self._database, *self._options)
         isolation.switch_on()
         self._isolation = isolation

@@ -26,6 +26,7 @@ from tornado_sa.ending import discard_connection, log_failed_closing, logger, ro
 from tornado_sa.engine import shown
 from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed, TornadoSAError
 from tornado_sa.holds import warn_of_long_holds
+from tornado_sa.memory import SharedPool
 from tornado_sa.reader import Reader
 from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
@@ -108,6 +109,11 @@ class DatabaseCore(Generic[SessionT]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown(self._sync_engine.url)})"
+
+    def _engines_to_ping(self) -> list[Engine]:
+        # In memory, the ROLLBACK that ends the ping would end an isolation as well.
+        memory = SharedPool if self._isolation else ()
+        return [engine for engine in self._engines if not isinstance(engine.pool, memory)]
 
     def _sync_engines(self) -> list[Engine]:
         reader = self._reader.plain_engine()

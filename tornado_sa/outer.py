@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, NestedTransaction, event
 from sqlalchemy.exc import IntegrityError
 
 from tornado_sa.errors import TornadoSAError
@@ -21,7 +21,7 @@ OURS = "tornado_sa_isolation"
 # SET CONSTRAINTS has no "as declared", so those that were deferred are named.
 _DEFER_AGAIN = """\
 DO $$ DECLARE names text; BEGIN
-  SELECT string_agg(DISTINCT format('%I.%I', nspname, conname), ', ') INTO names
+  SELECT string_agg(DISTINCT quote_ident(nspname) || '.' || quote_ident(conname), ', ') INTO names
   FROM pg_constraint JOIN pg_namespace ON pg_namespace.oid = connamespace WHERE condeferred;
   IF names IS NOT NULL THEN EXECUTE 'SET CONSTRAINTS ' || names || ' DEFERRED'; END IF;
 END $$"""
@@ -38,12 +38,10 @@ class Outer:
 
     def __init__(self, engine: Engine) -> None:
         self.connection: Connection = engine.connect()
-        self._savepoint = ""
-        self._root = ""
+        self._root: NestedTransaction | None = None
         self._options: dict[str, Any] = {}
         self._is_resetting = False
         try:
-            event.listen(self.connection, "savepoint", self._begins)
             event.listen(self.connection, "release_savepoint", self._releases)
             event.listen(self.connection, "set_connection_execution_options", self._keeps)
             self._transaction = self.connection.begin()
@@ -93,7 +91,7 @@ class Outer:
 
     def unit_begins(self) -> None:
         """Called when a session has begun: the last savepoint is its transaction."""
-        self._root = self._savepoint
+        self._root = self.connection.get_nested_transaction()
 
     def unit_ended(self) -> None:
         """Called when its transaction is over: forget what it has left on the connection."""
@@ -129,11 +127,8 @@ class Outer:
     def _driver(self) -> Any:
         return self.connection.connection.driver_connection
 
-    def _begins(self, _connection: Connection, name: str) -> None:
-        self._savepoint = name
-
     def _releases(self, connection: Connection, name: str, _context: object) -> None:
-        if name == self._root:
+        if connection.get_nested_transaction() is self._root:
             try:
                 self._check_commit()
             except BaseException:

@@ -27,6 +27,7 @@ from tornado.websocket import websocket_connect
 from tests.support import (
     ASYNC,
     BRIDGED,
+    CANCELLED_LOG,
     MARIADB,
     SYNC,
     Base,
@@ -476,7 +477,7 @@ async def wait_for(isolation: Isolation, scope: Scope) -> None:
 @only(*SYNC, *ASYNC)
 @pytest.mark.gen_test
 async def test_a_client_that_vanishes_while_it_waits(
-    flavour: Flavour, serve: Any, base_url: str
+    flavour: Flavour, serve: Any, base_url: str, expected_log: list[str]
 ) -> None:
     class Handler(flavour.Handler):
         cancel_on_disconnect = True
@@ -494,6 +495,7 @@ async def test_a_client_that_vanishes_while_it_waits(
         await until(lambda: len(entered.in_use) == 1)
         scope.end()
         assert (await fetch()).code == 200
+    expected_log.extend(CANCELLED_LOG)
 
 
 @everywhere

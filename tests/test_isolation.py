@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import re
 import warnings
@@ -19,7 +20,7 @@ from sqlalchemy.exc import (
     OperationalError,
     SAWarning,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from tornado import gen
 from tornado.web import Application
 from tornado.websocket import websocket_connect
@@ -51,6 +52,7 @@ from tornado_sa import (
     read_only,
     transactional,
 )
+from tornado_sa.isolation import IsolatedSession
 from tornado_sa.testing import Isolation, count_queries, isolated
 
 everywhere = only(*SYNC, *ASYNC, *BRIDGED, *MARIADB)
@@ -814,6 +816,82 @@ async def test_several_databases(kind: Any, tmp_path: Path) -> None:
         assert db.status().checked_out == 2
     assert await flavour.in_scope(both) == (0, 0)
     await settle(db.dispose())
+
+
+@everywhere
+@pytest.mark.gen_test
+async def test_options_of_the_engine_and_the_sessions(flavour: Flavour) -> None:
+    """Autocommit, warnings of long holds, a session class and its options."""
+
+    class Own(Session):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(join_transaction_mode="rollback_only", **options)
+
+    option = "sync_session_class" if flavour.is_async else "class_"
+    db = type(flavour.db)(
+        flavour.sync_engine.url,
+        engine_options={"isolation_level": "AUTOCOMMIT"},
+        session_options={option: Own, "expire_on_commit": True, "autoflush": False},
+        hold_warning=0.1,
+    )
+    own = Flavour(flavour.name, db, flavour.admin)
+    async with isolation(own):
+        for _ in range(2):
+            await own.in_scope(lambda session: session.add(Note(text="x")), commit=True)
+        with pytest.raises(ValueError, match="mine"):
+            await own.in_scope(add_and_fail)
+        assert await count(own) == 2
+        if flavour.name == "sqlite":
+            await asyncio.sleep(0.12)
+        sessions = db.sessionmaker()
+        plain = getattr(sessions, "sync_session", sessions)
+        assert isinstance(plain, Own)
+        assert (plain.autoflush, plain.expire_on_commit) == (False, True)
+        await settle(sessions.close())
+    assert flavour.texts() == []
+    await own.in_scope(lambda session: session.add(Note(text="x")), commit=True)
+    assert flavour.texts() == ["x"]
+    await own.dispose()
+
+
+async def add_and_fail(session: Any) -> None:
+    session.add(Note(text="x"))
+    await settle(session.flush())
+    raise ValueError("mine")
+
+
+@only(*BRIDGED)
+@pytest.mark.gen_test
+async def test_plain_callbacks_wait_under_the_bridge(flavour: Flavour, serve: Any) -> None:
+    called: list[int] = []
+
+    def store() -> None:
+        with flavour.db.begin("callback") as session:
+            session.add(Note(text="mail"))
+        called.append(1)
+
+    class Handler(flavour.Handler):
+        @transactional
+        def post(self) -> None:
+            self.session.add(Note(text="x"))
+            self.after_commit(store)
+
+    fetch = serve(Handler)
+    async with isolation(flavour):
+        answers = await asyncio.gather(*[fetch(method="POST") for _ in range(4)])
+        assert [answer.code for answer in answers] == [200] * 4
+        await until(lambda: len(called) == 4)
+        assert await count(flavour) == 8
+
+
+@only("sqlite", "aiosqlite")
+@pytest.mark.gen_test
+async def test_it_leaves_nothing_in_memory(flavour: Flavour) -> None:
+    for _ in range(20):
+        async with isolation(flavour):
+            await count(flavour)
+    gc.collect()
+    assert len(IsolatedSession.__subclasses__()) == 0
 
 
 # -- what cannot be --------------------------------------------------------------------------------

@@ -39,13 +39,13 @@ class Isolation:
     of work is over, however it ended.
     """
 
-    debug = False
+    debug: bool = False
 
     def __init__(self, database: DatabaseCore[Any], timeout: float, capture: bool) -> None:
         #: With ``capture_after_commit``, the calls that `.Database.after_commit` was asked for and
         #: whose work was committed, in their order. Each has a ``name``, and ``call()`` makes it.
         self.calls: list[LaterCall] = []
-        self.lock = UnitLock(f"isolated({database!r})", timeout)
+        self.lock: UnitLock = UnitLock(f"isolated({database!r})", timeout)
         #: The event loop of the test, once it has been seen, and the tasks it had by then.
         self.loop: AbstractEventLoop | None = None
         self.tasks_before: weakref.WeakSet[Task[Any]] = weakref.WeakSet()
@@ -258,13 +258,15 @@ class Isolation:
         self.take(scope)
         self._loose[session] = scope
 
-    def began(self, session: Session) -> None:
-        """The transaction of ``session`` is a savepoint by now."""
+    def began(self, session: Session, connection: Connection) -> None:
+        """The transaction of ``session`` on ``connection`` is a savepoint by now."""
+        outer = self._outers.get(connection.dialect)
+        if outer is None or outer.connection is not connection:  # one that the user gave it
+            return
         self._begun.add(session)
-        for outer in self._outers.values():
-            outer.unit_begins()
-            if _READS in session.info and outer.read_only():
-                session.info[_READS] = outer
+        outer.unit_begins()
+        if _READS in session.info and outer.read_only():
+            session.info[_READS] = outer
 
     def ended(self, session: Session) -> None:
         """The transaction of ``session`` is over, and its savepoint with it."""
@@ -313,7 +315,9 @@ class IsolatedSession(Session):
     _isolation: ClassVar[Isolation]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "join_transaction_mode": "create_savepoint"})
+        super().__init__(*args, **kwargs)
+        # Set here, whatever a class of the user's gives to __init__().
+        setattr(self, "join_transaction_mode", "create_savepoint")  # noqa: B010  (for pyright)
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
         bind = super().get_bind(*args, **kwargs)
@@ -338,9 +342,11 @@ class IsolatedSession(Session):
 
 
 @event.listens_for(IsolatedSession, "after_begin")
-def _began(session: IsolatedSession, transaction: SessionTransaction, _connection: Any) -> None:
+def _began(
+    session: IsolatedSession, transaction: SessionTransaction, connection: Connection
+) -> None:
     if transaction.parent is None:
-        session._isolation.began(session)
+        session._isolation.began(session, connection)
 
 
 @event.listens_for(IsolatedSession, "after_transaction_end")

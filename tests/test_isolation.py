@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
+    InvalidRequestError,
     OperationalError,
     SAWarning,
 )
@@ -52,7 +53,7 @@ from tornado_sa import (
     read_only,
     transactional,
 )
-from tornado_sa.isolation import IsolatedSession
+from tornado_sa.isolated_session import IsolatedSession
 from tornado_sa.testing import Isolation, count_queries, isolated
 
 everywhere = only(*SYNC, *ASYNC, *BRIDGED, *MARIADB)
@@ -646,7 +647,7 @@ async def test_sessions_of_the_sessionmaker_are_isolated_too(flavour: Flavour, s
         assert entered.in_use == []
         assert await count(flavour) == 1
     assert (await fetch("/")).code == 405
-    with pytest.raises(TornadoSAError, match="over by now"):
+    with pytest.raises(InvalidRequestError):
         await settle(session.scalar(select(1)))
     assert flavour.texts() == []
 
@@ -893,6 +894,32 @@ async def test_it_leaves_nothing_in_memory(flavour: Flavour) -> None:
             await count(flavour)
     gc.collect()
     assert len(IsolatedSession.__subclasses__()) == 0
+
+
+@only(*SYNC, *ASYNC)
+@pytest.mark.gen_test
+async def test_what_fails_to_begin_holds_nothing(flavour: Flavour) -> None:
+    url = flavour.sync_engine.url
+    db = type(flavour.db)(url, binds={Reply: url})  # so it has no reader
+    own = Flavour(flavour.name, db, flavour.admin)
+    async with isolation(own, timeout=0.1) as entered:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="no reader"):
+                block = db.scope(read_only=True)
+                if own.is_async:
+                    async with block:
+                        pass
+                else:
+                    with block:
+                        pass
+            assert entered.in_use == []
+        kept: list[Any] = []
+        await own.in_scope(kept.append)
+        with pytest.raises(InvalidRequestError):  # SQLAlchemy's own: it was closed
+            await settle(kept[0].scalar(select(1)))
+        assert entered.in_use == []
+        assert await count(own) == 0
+    await own.dispose()
 
 
 # -- what cannot be --------------------------------------------------------------------------------

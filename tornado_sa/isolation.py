@@ -11,16 +11,17 @@ import asyncio
 import weakref
 from asyncio import AbstractEventLoop, Task
 from collections.abc import Awaitable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from sqlalchemy import Connection, Dialect, Engine, ExceptionContext, event
 from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
 from tornado_sa.after_commit import LaterCall
 from tornado_sa.changes import session_of, writing_word
 from tornado_sa.core import DatabaseCore
 from tornado_sa.errors import ConfigurationError, TornadoSAError
+from tornado_sa.isolated_session import IsolatedSession
 from tornado_sa.memory import SharedPool
 from tornado_sa.outer import OURS, Outer, make_outer
 from tornado_sa.reader import LABEL, is_refusal, violation
@@ -228,6 +229,13 @@ class Isolation:
     def connection_for(self, session: Session, engine: Engine) -> Connection:
         """The connection that ``session`` uses in place of ``engine``."""
         self._admit(session)
+        try:
+            return self._outer_for(session, engine).connection
+        except BaseException:
+            self._end_loose(session)  # it will not begin
+            raise
+
+    def _outer_for(self, session: Session, engine: Engine) -> Outer:
         reader = self.database._reader.plain_engine()
         if reader is not None and engine.dialect is reader.dialect:
             engine = self.database._sync_engine
@@ -239,7 +247,7 @@ class Isolation:
             self._meet_loop()
         elif session not in self._begun:
             outer.check()
-        return outer.connection
+        return outer
 
     def _admit(self, session: Session) -> None:
         """Let ``session`` begin. One that belongs to no unit of work is one by itself."""
@@ -270,16 +278,21 @@ class Isolation:
 
     def ended(self, session: Session) -> None:
         """The transaction of ``session`` is over, and its savepoint with it."""
-        if session in self._begun:
-            for outer in self._outers.values():
-                outer.unit_ended()
-                if session.info.get(_READS) is outer and not outer.connection.invalidated:
-                    outer.read_again()
-        self._begun.discard(session)
+        try:
+            if session in self._begun:
+                for outer in self._outers.values():
+                    outer.unit_ended()
+                    if session.info.get(_READS) is outer and not outer.connection.invalidated:
+                        outer.read_again()
+        finally:
+            self._begun.discard(session)
+            self._end_loose(session)
+            self.look_at_holder()
+
+    def _end_loose(self, session: Session) -> None:
         loose = self._loose.pop(session, None)
         if loose is not None:
             loose.end()
-        self.look_at_holder()
 
     def _refuse(self, connection: Connection, _cursor: Any, statement: str, *rest: Any) -> None:
         """Refuse to write for a session that only reads, on a server that cannot."""
@@ -307,52 +320,6 @@ class Isolation:
                 f"isolated({self.database!r}) ends while units of work are open, which are rolled"
                 f" back with it: {_listed(left)}. Await them, or leave their `with` block, before."
             )
-
-
-class IsolatedSession(Session):
-    """A session on the connection of an `Isolation`, with a savepoint for its transaction."""
-
-    _isolation: ClassVar[Isolation]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Set here, whatever a class of the user's gives to __init__().
-        setattr(self, "join_transaction_mode", "create_savepoint")  # noqa: B010  (for pyright)
-
-    def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-        bind = super().get_bind(*args, **kwargs)
-        return self._isolation.connection_for(self, bind) if isinstance(bind, Engine) else bind
-
-    def connection(self, bind_arguments: Any = None, execution_options: Any = None) -> Connection:
-        if bind_arguments and isinstance(bind_arguments.get("bind"), Engine):  # asks no get_bind()
-            bind_arguments = {**bind_arguments, "bind": self.get_bind(**bind_arguments)}
-        return super().connection(bind_arguments, execution_options)
-
-    def close(self) -> None:
-        try:
-            super().close()
-        finally:
-            self._isolation.ended(self)
-
-    def invalidate(self) -> None:
-        try:
-            super().invalidate()
-        finally:
-            self._isolation.ended(self)
-
-
-@event.listens_for(IsolatedSession, "after_begin")
-def _began(
-    session: IsolatedSession, transaction: SessionTransaction, connection: Connection
-) -> None:
-    if transaction.parent is None:
-        session._isolation.began(session, connection)
-
-
-@event.listens_for(IsolatedSession, "after_transaction_end")
-def _ended(session: IsolatedSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session._isolation.ended(session)
 
 
 def _listed(scopes: list[Scope]) -> str:

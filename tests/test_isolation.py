@@ -336,6 +336,10 @@ async def test_readers_share_the_connection_and_cannot_write(
             assert (await fetch(method="POST")).code == 200
             assert (await fetch()).body == text_read
             assert (await fetch(method="PUT")).code == 500
+        reader = {"bind": flavour.sync_engines[1]}  # as a get_bind() of the user's may answer
+        query = select(func.count(Note.id))
+        found = await flavour.in_scope(lambda one: one.scalar(query, bind_arguments=reader))
+        assert found == 2
         assert flavour.checked_out() == 1
         assert (await fetch()).body == b"x,x"
     assert [type(error) for error in errors] == [ReadOnlyViolation] * 2
@@ -693,9 +697,11 @@ def test_a_plain_callback_opens_a_unit_of_work(flavour: Flavour) -> None:
             session.add(Note(text="mail"))
 
     with isolated(flavour.db):
-        with flavour.db.begin() as session:
+        with flavour.db.scope() as session:
             session.add(Note(text="x"))
             flavour.db.after_commit(store)
+            session.commit()
+            session.scalar(select(1))  # has the connection again
         with flavour.db.scope() as session:
             assert session.scalar(select(func.count(Note.id))) == 2
 
@@ -739,7 +745,7 @@ class StaleAnswer(OperationalError):
 
 @everywhere
 @pytest.mark.gen_test
-async def test_ping_status_and_dispose_inside(flavour: Flavour) -> None:
+async def test_ping_status_and_dispose_inside(flavour: Flavour, expected_log: list[str]) -> None:
     async with isolation(flavour):
         await flavour.in_scope(lambda session: session.add(Note(text="x")), commit=True)
         assert await settle(flavour.db.ping())
@@ -747,7 +753,15 @@ async def test_ping_status_and_dispose_inside(flavour: Flavour) -> None:
         assert flavour.db.status().open_scopes == []
         await settle(flavour.db.dispose())
         assert await count(flavour) == 1
+
+        async def dispose_within(session: Any) -> None:
+            await settle(session.scalar(select(1)))
+            await settle(flavour.db.dispose())
+
+        await flavour.in_scope(dispose_within)
+        assert await count(flavour) == 1
     assert flavour.texts() == []
+    expected_log.append("is disposed of while still in use by: test")
 
 
 @pytest.mark.parametrize("kind", [Database, AsyncDatabase])
@@ -922,6 +936,33 @@ async def test_what_fails_to_begin_holds_nothing(flavour: Flavour) -> None:
     await own.dispose()
 
 
+@pytest.mark.gen_test
+async def test_a_commit_that_failed_and_a_bare_close(flavour: Flavour) -> None:
+    async with isolation(flavour):
+        for _ in range(2):
+            session = flavour.db.sessionmaker()
+            session.add(Reply(note_id=404))
+            with pytest.raises(IntegrityError):
+                await settle(session.commit())
+            await settle(session.close())
+        assert await count(flavour) == 0
+
+
+@only(*ASYNC)
+@pytest.mark.gen_test
+async def test_blocks_wait(flavour: Flavour, serve: Any) -> None:
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await asyncio.sleep(0.02)
+
+    fetch = serve(Handler)
+    async with isolation(flavour) as entered:
+        request = asyncio.ensure_future(fetch())
+        await until(lambda: entered.in_use)
+        assert await count(flavour) == 0
+        assert (await request).code == 200
+
+
 # -- what cannot be --------------------------------------------------------------------------------
 
 
@@ -963,6 +1004,20 @@ async def test_what_cannot_be_says_so(flavour: Flavour) -> None:
         await block.__aexit__(None, None, None)
     else:
         block.__exit__(None, None, None)
+
+
+@only("sqlite", "aiosqlite")
+@pytest.mark.gen_test
+async def test_who_waits_at_the_end_is_sent_away(flavour: Flavour) -> None:
+    scope = Scope("holder")
+    with pytest.raises(TornadoSAError, match=r"'holder' .* 'waiter' \("):
+        async with isolation(flavour) as entered:
+            entered.take(scope)
+            task = asyncio.ensure_future(wait_for(entered, Scope("waiter")))
+            await until(lambda: len(entered.in_use) == 2)
+    with pytest.raises(TornadoSAError, match="'waiter' wants to begin when"):
+        await asyncio.wait_for(task, 1)
+    scope.end()
 
 
 @only("psycopg")

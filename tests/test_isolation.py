@@ -1028,6 +1028,46 @@ def test_two_phase_is_refused(flavour: Flavour, postgresql_url: str) -> None:
         pass
 
 
+SLOW = {
+    "postgresql": "SELECT pg_sleep(0.3)",
+    "mariadb": "SELECT SLEEP(0.3)",
+    "sqlite": "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 300000)"
+    " SELECT count(*) FROM c",
+}
+
+
+@only(*ASYNC, *BRIDGED, "aiomysql")
+@pytest.mark.gen_test
+async def test_a_query_that_is_cancelled(flavour: Flavour, serve: Any, base_url: str) -> None:
+    """Undoes its own unit of work. Not so on MariaDB, whose driver closes the connection."""
+    errors: list[Any] = []
+
+    class Handler(flavour.Handler):
+        async def post(self) -> None:
+            self.session.add(Note(text="undone"))
+            await settle(self.session.flush())
+            try:
+                async with asyncio.timeout(0.02):
+                    await settle(self.session.execute(text(SLOW[flavour.dialect])))
+            except TimeoutError as error:
+                errors.append(error)
+                self.set_status(504)
+
+    fetch = serve(Handler)
+    async with isolation(flavour):
+        await flavour.in_scope(lambda session: session.add(Note(text="kept")), commit=True)
+        assert (await fetch(method="POST")).code == 504
+        assert len(errors) == 1
+        if flavour.dialect == "mariadb":
+            with pytest.raises(TornadoSAError, match="its connection was lost"):
+                await count(flavour)
+        else:
+            assert await count(flavour) == 1
+            await flavour.in_scope(lambda session: session.add(Note(text="kept")), commit=True)
+            assert await count(flavour) == 2
+    assert flavour.texts() == []
+
+
 @only("psycopg", "asyncpg", "pymysql", "aiomysql")
 @pytest.mark.gen_test
 async def test_a_connection_that_is_killed(flavour: Flavour) -> None:

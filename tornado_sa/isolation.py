@@ -23,11 +23,15 @@ from tornado_sa.core import DatabaseCore
 from tornado_sa.errors import ConfigurationError, TornadoSAError
 from tornado_sa.isolated_session import IsolatedSession
 from tornado_sa.memory import SharedPool
-from tornado_sa.outer import OURS, Outer, make_outer
+from tornado_sa.outer import CONTROL, OURS, Outer, make_outer
 from tornado_sa.reader import LABEL, is_refusal, violation
 from tornado_sa.scope import ReadOnly, Scope
 from tornado_sa.turns import running_loop
 from tornado_sa.unit_lock import UnitLock
+
+# SQLAlchemy discards the connection of a statement that was cancelled. With these drivers it can go
+# on: they cancel the statement on the server, or wait for its end, before the next one.
+_SURVIVE_CANCELLATION = frozenset({"asyncpg", "psycopg", "psycopg_async", "aiosqlite"})
 
 # In the info of a session that only reads.
 _READS = "tornado_sa.isolated_reads"
@@ -304,6 +308,10 @@ class Isolation:
             raise violation(session.info[LABEL], f"its session refused to {word}")
 
     def _translate(self, context: ExceptionContext) -> BaseException | None:
+        cancelled = isinstance(context.original_exception, asyncio.CancelledError)
+        if cancelled and context.dialect.driver in _SURVIVE_CANCELLATION:
+            # But who knows which savepoints there are, if it was about one?
+            context.is_disconnect = bool(CONTROL.match(context.statement or ""))
         session = None if context.connection is None else session_of(context.connection)
         if session is None or _READS not in session.info:
             return None

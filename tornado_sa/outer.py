@@ -6,6 +6,7 @@ for, and what ends the outer transaction behind our back has to be noticed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -18,6 +19,11 @@ from tornado_sa.holds import forget_hold
 
 #: The execution option that marks statements of ours; `count_queries` leaves them out.
 OURS = "tornado_sa_isolation"
+
+#: What begins and ends transactions.
+CONTROL = re.compile(
+    r"\s*(BEGIN|START\s+TRANSACTION|COMMIT|ROLLBACK|SAVEPOINT|RELEASE|SET\s+TRANSACTION)\b", re.I
+)
 
 # SET CONSTRAINTS has no "as declared", so those that were deferred are named.
 _DEFER_AGAIN = """\

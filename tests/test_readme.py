@@ -49,7 +49,7 @@ def run(block: str, folder: Path, **environment: str) -> None:
 
 def test_there_is_an_example_for_each_question() -> None:
     assert len(re.findall(r"^[1-7]\. .*\?\n~~~", README.read_text(), re.MULTILINE)) == 7
-    assert len(BLOCKS) == 17
+    assert len(BLOCKS) == 18
 
 
 PROGRAMS = [block for block in BLOCKS[1:] if "SIGTERM" not in block]

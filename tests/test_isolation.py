@@ -53,8 +53,8 @@ from tornado_sa import (
     read_only,
     transactional,
 )
-from tornado_sa.isolated_session import IsolatedSession
 from tornado_sa.testing import Isolation, count_queries, isolated
+from tornado_sa.testing.session import IsolatedSession
 
 everywhere = only(*SYNC, *ASYNC, *BRIDGED, *MARIADB)
 

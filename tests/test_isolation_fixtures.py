@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support import ASYNC, SYNC, Flavour, Note, only
-from tornado_sa.leftovers import end_anywhere
 from tornado_sa.testing import isolated
+from tornado_sa.testing.leftovers import end_anywhere
 
 async_drivers = only(*ASYNC, "aiomysql")
 

@@ -30,7 +30,7 @@ from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
 
 if TYPE_CHECKING:
-    from tornado_sa.isolation import Isolation
+    from tornado_sa.testing.isolation import Isolation
 
 P = ParamSpec("P")
 SessionT = TypeVar("SessionT", bound=Session | AsyncSession)

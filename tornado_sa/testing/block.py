@@ -1,4 +1,4 @@
-"""For tests of applications that commit: everything is rolled back at the end of the test."""
+"""The block of code in which a database is isolated."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from types import TracebackType
 
 from tornado_sa.async_database import AsyncDatabase
 from tornado_sa.bridge import cross, step_aside
-from tornado_sa.counting import count_queries
 from tornado_sa.database import Database
 from tornado_sa.errors import TornadoSAError
-from tornado_sa.isolation import Isolation
-
-__all__ = ["Isolation", "count_queries", "isolated"]
+from tornado_sa.testing.isolation import Isolation
 
 
 class isolated:

@@ -21,13 +21,13 @@ from tornado_sa.after_commit import LaterCall
 from tornado_sa.changes import session_of, writing_word
 from tornado_sa.core import DatabaseCore
 from tornado_sa.errors import ConfigurationError, TornadoSAError
-from tornado_sa.isolated_session import IsolatedSession
 from tornado_sa.memory import SharedPool
-from tornado_sa.outer import CONTROL, OURS, Outer, make_outer
 from tornado_sa.reader import LABEL, is_refusal, violation
 from tornado_sa.scope import ReadOnly, Scope
+from tornado_sa.testing.outer import CONTROL, OURS, Outer, make_outer
+from tornado_sa.testing.session import IsolatedSession
+from tornado_sa.testing.unit_lock import UnitLock
 from tornado_sa.turns import running_loop
-from tornado_sa.unit_lock import UnitLock
 
 # SQLAlchemy discards the connection of a statement that was cancelled. With these drivers it can go
 # on: they cancel the statement on the server, or wait for its end, before the next one.

@@ -9,7 +9,7 @@ from sqlalchemy import event
 
 from tornado_sa.async_database import AsyncDatabase
 from tornado_sa.database import Database
-from tornado_sa.outer import CONTROL, OURS
+from tornado_sa.testing.outer import CONTROL, OURS
 
 
 class count_queries:

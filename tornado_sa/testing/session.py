@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 if TYPE_CHECKING:
-    from tornado_sa.isolation import Isolation
+    from tornado_sa.testing.isolation import Isolation
 
 
 class IsolatedSession(Session):

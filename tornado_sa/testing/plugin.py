@@ -7,14 +7,14 @@ when it is first needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-# pytest imports this module in every run: what only some tests need is imported where they do.
-if TYPE_CHECKING:
-    from tornado_sa.after_commit import LaterCall
-    from tornado_sa.isolation import Isolation
+from tornado_sa.after_commit import LaterCall
+from tornado_sa.testing.block import isolated
+from tornado_sa.testing.isolation import Isolation
+from tornado_sa.testing.leftovers import end_anywhere
 
 
 @pytest.fixture
@@ -40,9 +40,6 @@ def tornado_sa_isolation(
     isolation_options: dict[str, Any],
 ) -> Iterator[Isolation]:
     """What ``isolated(db)`` yields, for a test that is isolated as by `isolated_db`."""
-    from tornado_sa.leftovers import end_anywhere
-    from tornado_sa.testing import isolated
-
     if "io_loop" in request.fixturenames:  # pytest-tornado closes it after those who asked for it
         request.getfixturevalue("io_loop")
     isolation = isolated(db, **isolation_options).switch_on()

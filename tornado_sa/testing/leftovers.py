@@ -15,8 +15,8 @@ from types import CoroutineType
 from typing import Any
 
 from tornado_sa.bridge import cross
-from tornado_sa.isolation import Isolation
 from tornado_sa.scope import Scope
+from tornado_sa.testing.isolation import Isolation
 from tornado_sa.turns import running_loop
 
 # How often it is looked whether what was about to end has ended, in seconds.

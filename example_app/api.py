@@ -180,13 +180,23 @@ class HealthHandler(ApiHandler):
     """For whoever watches the server."""
 
     async def get(self) -> None:
-        """Ask the database whether it is there. If it is not, the answer is 503."""
+        """Ask the database whether it is there. If it is not, the answer is 503.
+
+        The numbers are what this process is busy with, on the side that writes.
+        """
         self.query()
         if isinstance(self.db, AsyncDatabase):
             await self.db.ping(HEALTH_TIMEOUT)
         else:
             await asyncio.to_thread(self.db.ping, HEALTH_TIMEOUT)
-        self.write({"status": "ok"})
+        status = self.db.status()
+        self.write(
+            {
+                "status": "ok",
+                "connections_out": status.checked_out,
+                "units_of_work": len(status.open_scopes),
+            }
+        )
 
 
 class OpenApiHandler(ApiHandler):

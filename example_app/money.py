@@ -19,7 +19,8 @@ _MINOR_DIGITS = dict.fromkeys(
 def money(amount: int, currency: str) -> str:
     """An amount for people to read: ``money(123456, "EUR")`` is ``"1,234.56 EUR"``."""
     digits = _MINOR_DIGITS.get(currency, 2)
-    return f"{Decimal(amount).scaleb(-digits):,.{digits}f} {currency}"
+    shown = f"{Decimal(amount).scaleb(-digits):,.{digits}f} {currency}"
+    return shown.replace("-", "\N{MINUS SIGN}")
 
 
 def minor_units(text: str, currency: str, what: str) -> int:

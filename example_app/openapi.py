@@ -136,6 +136,12 @@ _SCHEMAS: Schema = {
     ),
     "Accounts": _page("accounts", "Account"),
     "Transfers": _page("transfers", "Transfer"),
+    "Health": _object(
+        ["status", "connections_out", "units_of_work"],
+        status={"const": "ok"},
+        connections_out=_integer(0),
+        units_of_work=_integer(0),
+    ),
     "Error": _object(["error"], error={"type": "string", "minLength": 1}),
 }
 
@@ -257,7 +263,7 @@ DESCRIPTION: Schema = {
                 "summary": "Does the database answer?",
                 "operationId": "health",
                 "responses": {
-                    "200": _json("Yes.", _object(["status"], status={"const": "ok"})),
+                    "200": _json("Yes, and how busy this process is.", _ref("Health")),
                     **_errors(400),
                 },
             }

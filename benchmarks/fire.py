@@ -72,18 +72,30 @@ class Server:
         self._command += ["--port", str(self.port), "--database-url", url]
         self.killed: Counter[str] = Counter()
         self.unclean = 0
+        self.by_itself = 0
+        self._ending = False
 
     def start(self) -> None:
+        self._ending = False
         self.process = subprocess.Popen(
             self._command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT
         )
 
     async def end(self, signum: signal.Signals) -> None:
         """Send the signal, and wait for the end. After SIGTERM it must be a clean one."""
+        self._ending = True
         self.process.send_signal(signum)
         code = await asyncio.to_thread(self.process.wait, 30)
         if signum == signal.SIGTERM and code != 0:
             self.unclean += 1
+
+    async def look_after(self) -> None:
+        """Start it again when it could not start: its connection was killed on the way up."""
+        while True:
+            if not self._ending and self.process.poll() is not None:
+                self.by_itself += 1
+                self.start()
+            await asyncio.sleep(0.05)
 
 
 class Client:
@@ -298,6 +310,7 @@ async def drill(options: argparse.Namespace, url: URL, folder: Path) -> bool:
     server = Server(url.render_as_string(hide_password=False), folder)
     run = Drill(options, server, admin)
     server.start()
+    looking = asyncio.create_task(server.look_after())
     begun = time.monotonic()
     try:
         await run.run()
@@ -319,6 +332,7 @@ async def drill(options: argparse.Namespace, url: URL, folder: Path) -> bool:
         left["units of work open"] = max(0, health["units_of_work"] - 1)
         await server.end(signal.SIGTERM)
     finally:
+        looking.cancel()
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
@@ -336,6 +350,7 @@ async def drill(options: argparse.Namespace, url: URL, folder: Path) -> bool:
     row("servers ended by SIGKILL", server.killed["SIGKILL"])
     row("servers ended by SIGTERM", server.killed["SIGTERM"])
     row("  of which not with exit code 0", server.unclean)
+    row("servers that could not start, and did again", server.by_itself)
     row("asked again by key", f"{again:,}")
     row("stored, before and after that", f"{before.stored:,} / {after.stored:,}")
     for what in ("lost", "doubled", "phantom"):

@@ -123,7 +123,7 @@ class Transfer(Base):
     amount: Mapped[int] = mapped_column(BigInteger)
     memo: Mapped[str] = mapped_column(String(MAX_MEMO))
     created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=_now, index=True)
-    idempotency_key: Mapped[str | None] = mapped_column(_KEY, unique=True)
+    idempotency_key: Mapped[str | None] = mapped_column(_KEY, unique=True, index=True)
 
     source: Mapped[Account] = relationship(foreign_keys=[from_id])
     target: Mapped[Account] = relationship(foreign_keys=[to_id])

@@ -316,7 +316,8 @@ CONTRASTS = """
   const pale = [];
   for (const element of document.querySelectorAll("body *")) {
     const isText = (node) => node.nodeType === 3 && node.data.trim();
-    if (!Array.from(element.childNodes).some(isText) || element.closest(".unseen, .skip, svg")) continue;
+    if (!Array.from(element.childNodes).some(isText)) continue;
+    if (element.closest(".unseen, .skip, svg")) continue;
     const behind = backdrop(element);
     const front = over(parse(getComputedStyle(element).color), behind);
     const [dark, light] = [luminance(front), luminance(behind)].sort((a, b) => a - b);

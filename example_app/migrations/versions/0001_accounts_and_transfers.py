@@ -27,8 +27,8 @@ def upgrade() -> None:
     op.create_table(
         "transfer",
         sa.Column("id", ID, primary_key=True),
-        sa.Column("from_id", sa.BigInteger, sa.ForeignKey("account.id"), nullable=False),
-        sa.Column("to_id", sa.BigInteger, sa.ForeignKey("account.id"), nullable=False),
+        sa.Column("from_id", ID, sa.ForeignKey("account.id"), nullable=False),
+        sa.Column("to_id", ID, sa.ForeignKey("account.id"), nullable=False),
         sa.Column("amount", sa.BigInteger, nullable=False),
         sa.Column("memo", sa.String(200), nullable=False),
         sa.Column("created_at", TIME, nullable=False),

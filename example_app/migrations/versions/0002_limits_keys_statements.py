@@ -52,7 +52,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "statement",
-        sa.Column("account_id", sa.BigInteger, sa.ForeignKey("account.id"), primary_key=True),
+        sa.Column("account_id", ID, sa.ForeignKey("account.id"), primary_key=True),
         sa.Column("day", sa.Date, primary_key=True),
         sa.Column("received", sa.BigInteger, nullable=False),
         sa.Column("paid", sa.BigInteger, nullable=False),

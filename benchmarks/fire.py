@@ -367,7 +367,7 @@ async def drill(options: argparse.Namespace, url: URL, folder: Path) -> bool:
     if not well or options.verbose:
         server.log.seek(0)
         lines = [line for line in server.log if " tornado.access: " not in line]
-        print("".join(lines[-60:]), file=sys.stderr)
+        print("".join(lines if options.verbose else lines[-60:]), file=sys.stderr)
     server.log.close()
     return well
 

@@ -58,6 +58,8 @@ class _Children:
     def end(self, signum: int, _frame: FrameType | None) -> None:
         """Pass a signal on."""
         self._ending = True
+        for sock in self._serving.sockets:  # or the system would go on accepting connections
+            sock.close()
         for pid in self._pids:
             os.kill(pid, signum)
         # If one hangs, this process must not.

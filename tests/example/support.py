@@ -111,10 +111,9 @@ class Server:
         assert found, self.line + self.log.read_text()
         self.url, self.port = found[1], int(found[2])
 
-    def post(self, path: str, body: Any) -> int:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> int:
+        named = {"Content-Type": "application/json", **(headers or {})}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), named)
         try:
             with urllib.request.urlopen(request, timeout=20) as response:
                 return int(response.status)

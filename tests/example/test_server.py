@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import time
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from tornado.testing import bind_unused_port
 
 from example_app.models import Account
+from tests.conftest import MARIADB_URL
 from tests.example.support import (
     Server,
     add_accounts,
@@ -29,6 +32,7 @@ from tests.example.support import (
     run,
     serving,
 )
+from tests.support import missing
 from tornado_sa import Database
 
 T = TypeVar("T")
@@ -275,4 +279,159 @@ def test_a_bad_port_number_is_a_usage_error(tmp_path: Path, port: str) -> None:
 
 def test_help_names_every_option(tmp_path: Path) -> None:
     out = run(tmp_path, "--help").stdout
-    assert all(option in out for option in ("--port", "--database-url", "--debug", "8888"))
+    assert all(
+        option in out for option in ("--port", "--database-url", "--processes", "--debug", "8888")
+    )
+
+
+# -- several processes ---------------------------------------------------------
+
+
+def children(server: Server) -> list[int]:
+    """The two processes that serve, once they are there."""
+    path = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    wait_until(lambda: len(path.read_text().split()) == 2)
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """True if the process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("not so after 10 s")
+
+
+def test_processes_share_the_work(tmp_path: Path, ledger: Database, database_url: str) -> None:
+    """And conserve money, and end all together, each in good order."""
+    first, second = open_accounts(ledger, 100, 100)
+    orders = [{"from": first, "to": second, "amount": 30}] * 20
+    orders += [{"from": second, "to": first, "amount": 7}] * 20
+    with serving(tmp_path, "--processes", "2", "--database-url", database_url) as server:
+        pids = children(server)
+        with ThreadPoolExecutor(8) as pool:
+            codes = list(pool.map(lambda order: server.post("/transfers", order), orders))
+        assert server.end() == 0
+        assert not any(alive(pid) for pid in pids)
+    assert set(codes) == {201, 422}
+    assert sum(in_books(ledger, list_balances)) == 200
+    assert in_books(ledger, count_rows) == (2, codes.count(201))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_in_flight_is_answered_by_every_process(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
+    body = b'{"owner": "Ada", "currency": "EUR"}'
+    head = (
+        "POST /accounts HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with serving(tmp_path, "--processes", "2") as server:
+        clients = [socket.create_connection(("127.0.0.1", server.port), timeout=8) for _ in "123"]
+        for client in clients:
+            client.sendall(head.encode())
+            assert b"100" in client.recv(1000)
+        server.process.send_signal(signum)
+        wait_until_refused(server.port)
+        for client in clients:
+            client.sendall(body)
+            assert client.recv(1000).startswith(b"HTTP/1.1 201 ")
+            client.close()
+        assert server.process.wait(timeout=8) == 0
+
+
+def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
+    with serving(tmp_path, "--processes", "2") as server:
+        killed = children(server)[0]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: killed not in children(server))
+        for _ in range(10):
+            assert server.get("/healthz")["status"] == "ok"
+        assert server.end() == 0
+        assert "has ended by itself" in server.log.read_text()
+
+
+def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
+    with serving(tmp_path, "--processes", "2") as server:
+        pids = children(server)
+        server.process.kill()
+        wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite+aiosqlite://"])
+def test_several_processes_cannot_share_memory(tmp_path: Path, url: str) -> None:
+    said = refused(tmp_path, "--processes", "2", "--database-url", url)
+    assert "SQLite in memory" in said and "sqlite:///ledger.db" in said
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_one_process_can_keep_its_books_in_memory(tmp_path: Path, url: str) -> None:
+    with serving(tmp_path, "--database-url", url) as server:
+        assert server.post("/accounts", {"owner": "Ada", "currency": "EUR"}) == 201
+        assert len(server.get("/accounts")["accounts"]) == 1
+        assert server.end() == 0
+
+
+def test_a_bad_number_of_processes_is_a_usage_error(tmp_path: Path) -> None:
+    for number in ("0", "-1", "x", "1000"):
+        done = run(tmp_path, "--processes", number)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "invalid process_count value" in done.stderr
+
+
+def test_an_open_feed_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """Whoever listens is told: 1001, going away."""
+    with serving(tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=8) as client:
+            client.sendall(
+                b"GET /feed HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            )
+            assert client.recv(4000).startswith(b"HTTP/1.1 101 ")
+            started = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            frame = client.recv(4000)
+            assert frame[0] == 0x88 and int.from_bytes(frame[2:4], "big") == 1001
+            client.sendall(b"\x88\x82\0\0\0\0" + frame[2:4])
+            assert server.process.wait(timeout=8) == 0
+            assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("driver", ["mariadb+pymysql", "mariadb+aiomysql"])
+def test_the_server_runs_on_mariadb(tmp_path: Path, driver: str) -> None:
+    name = f"ledger_{time.time_ns()}"
+    admin = create_engine(make_url(MARIADB_URL).set(drivername="mariadb+pymysql"))
+    try:
+        with admin.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+    except OperationalError as error:
+        missing("mariadb", error)
+    url = admin.url.set(drivername=driver, database=name).render_as_string(hide_password=False)
+    try:
+        with serving(tmp_path, "--processes", "2", "--database-url", url) as server:
+            for balance in 100, 0:
+                account = {"owner": "Ada 🦊", "currency": "EUR", "balance": balance}
+                assert server.post("/accounts", account) == 201
+            order = {"from": 1, "to": 2, "amount": 30}
+            with ThreadPoolExecutor(8) as pool:
+                same = {"Idempotency-Key": "one"}
+                codes = list(pool.map(lambda _: server.post("/transfers", order, same), range(8)))
+            assert codes == [201] * 8
+            assert server.post("/transfers", order, {"Idempotency-Key": "ONE"}) == 201
+            accounts = server.get("/accounts")["accounts"]
+            assert [account["balance"] for account in accounts] == [40, 60]
+            assert len(server.get("/transfers")["transfers"]) == 2
+            assert server.end() == 0
+    finally:
+        with admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name}"))
+        admin.dispose()

@@ -46,7 +46,7 @@ def run(block: str, folder: Path, **environment: str) -> None:
 
 def test_there_is_an_example_for_each_question() -> None:
     assert len(re.findall(r"^[1-7]\. .*\?\n~~~", README.read_text(), re.MULTILINE)) == 7
-    assert len(BLOCKS) == 14
+    assert len(BLOCKS) == 15
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=[f"block{i}" for i in range(1, len(BLOCKS))])

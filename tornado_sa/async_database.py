@@ -241,8 +241,9 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         try:
             async with asyncio.timeout(timeout):
                 for engine in distinct([self.engine, *self.binds.values()]):
-                    async with engine.connect() as connection:
-                        await connection.execute(select(1))
+                    if engine.sync_engine in self._engines_to_ping():
+                        async with engine.connect() as connection:
+                            await connection.execute(select(1))
         except TimeoutError as error:
             raise no_answer(self, timeout) from error
         return True

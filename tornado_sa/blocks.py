@@ -42,7 +42,7 @@ class _Block(Generic[SessionT]):
         self._scope: Scope | None = None
         self._previous: Scope | None = None
 
-    def _open(self) -> SessionT:
+    def _make_scope(self) -> Scope:
         if self._scope is not None:
             raise TornadoSAError(
                 f"The block {self._scope.label!r} is open already. Each block is a unit of work of"
@@ -50,6 +50,9 @@ class _Block(Generic[SessionT]):
             )
         scope = Scope(self._label or _caller())
         scope.read_only = self._read_only
+        return scope
+
+    def _open(self, scope: Scope) -> SessionT:
         session = self._database.session_in(scope)
         self._scope, self._previous = scope, enter(scope)
         return session
@@ -79,7 +82,7 @@ class Block(_Block[Session]):
     """What ``Database.scope()`` and ``Database.begin()`` return."""
 
     def __enter__(self) -> Session:
-        return self._open()
+        return self._open(self._make_scope())
 
     def __exit__(
         self,
@@ -127,7 +130,7 @@ class AsyncBlock(_Block[AsyncSession]):
                 f"`with` on an AsyncDatabase works under the bridge only, at {_caller()} it would"
                 " block the loop. Write `async with`."
             )
-        return self._open().sync_session
+        return self._open(self._make_scope()).sync_session
 
     def __exit__(
         self,
@@ -147,7 +150,12 @@ class AsyncBlock(_Block[AsyncSession]):
 
     async def __aenter__(self) -> AsyncSession:
         await step_aside()
-        return self._open()
+        scope = self._make_scope()
+        if self._database._isolation is not None:
+            wait = self._database._isolation.begin(scope)
+            if wait is not None:
+                await wait
+        return self._open(scope)
 
     async def __aexit__(
         self,

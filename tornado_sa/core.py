@@ -10,7 +10,7 @@ from asyncio import Task
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import ArgumentError
@@ -26,9 +26,13 @@ from tornado_sa.ending import discard_connection, log_failed_closing, logger, ro
 from tornado_sa.engine import shown
 from tornado_sa.errors import ConfigurationError, NoActiveScope, ScopeClosed, TornadoSAError
 from tornado_sa.holds import warn_of_long_holds
+from tornado_sa.memory import SharedPool
 from tornado_sa.reader import Reader
 from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
+
+if TYPE_CHECKING:
+    from tornado_sa.isolation import Isolation
 
 P = ParamSpec("P")
 SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
@@ -87,6 +91,8 @@ class DatabaseCore(Generic[SessionT]):
         self._disposed_at = float("-inf")  # seconds of time.monotonic
         self._of_the_parent: list[SessionT] = []
         self._tasks: set[Task[Any]] = set()
+        #: Set by `tornado_sa.testing.isolated`, and by nobody else.
+        self._isolation: Isolation | None = None
         for each in self._sync_engines():
             event.listen(each, "handle_error", discard_connection)
             watch_writes(each)
@@ -104,6 +110,11 @@ class DatabaseCore(Generic[SessionT]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown(self._sync_engine.url)})"
 
+    def _engines_to_ping(self) -> list[Engine]:
+        # In memory, the ROLLBACK that ends the ping would end an isolation as well.
+        memory = SharedPool if self._isolation else ()
+        return [engine for engine in self._engines if not isinstance(engine.pool, memory)]
+
     def _sync_engines(self) -> list[Engine]:
         reader = self._reader.plain_engine()
         return self._engines if reader is None else [*self._engines, reader]
@@ -120,13 +131,19 @@ class DatabaseCore(Generic[SessionT]):
             self._open_scopes.add(scope)
             try:
                 session = self._make_session()
-                if scope.read_only is not None:
-                    self._reader.take_over(session, scope, scope.read_only)
+                self._let_in(scope, session)
                 session = scope.put(self, session)
             except BaseException:
                 self._open_scopes.discard(scope)
                 raise
         return session
+
+    def _let_in(self, scope: Scope, session: SessionT) -> None:
+        """Make ``session``, which is new, one of ``scope``."""
+        if self._isolation is not None:
+            self._isolation.take(scope)
+        if scope.read_only is not None:
+            (self._isolation or self._reader).take_over(session, scope, scope.read_only)
 
     def plain_session_in(self, scope: Scope) -> Session:
         """The plain session of this database in ``scope``. See `session_in`."""
@@ -138,16 +155,24 @@ class DatabaseCore(Generic[SessionT]):
         Never raises: a failure is one line in the log.
         """
         self._open_scopes.discard(scope)
-        try:
-            if scope.calls_back:
-                self._call_back(scope, take_due(_plain(session)))
-        except Exception as error:
-            logger.error("%s: after_commit() failed: %s", scope.full_label, summary(error))
+        if self._isolation is None:
+            self._make_due_calls(scope, session)
         try:
             return self._end(scope, session)
         except Exception as error:
             log_failed_closing(scope, error)
             return None
+        finally:
+            if self._isolation is not None:  # its one connection has to be free for the calls
+                self._make_due_calls(scope, session)
+
+    def _make_due_calls(self, scope: Scope, session: SessionT) -> None:
+        try:
+            if scope.calls_back:
+                due = take_due(_plain(session))
+                self._call_back(scope, self._isolation.capture(due) if self._isolation else due)
+        except Exception as error:
+            logger.error("%s: after_commit() failed: %s", scope.full_label, summary(error))
 
     def uncommitted(self, scope: Scope, session: SessionT) -> str | None:
         """What would be lost if ``session`` were rolled back now, in words."""
@@ -206,7 +231,9 @@ class DatabaseCore(Generic[SessionT]):
         No pool waits for a connection whose engine was disposed of in the meantime; it would stay
         open until it is collected as garbage, and an aiosqlite thread for ever.
         """
-        return Session.invalidate if scope.opened_at <= self._disposed_at else roll_back_and_close
+        if scope.opened_at <= self._disposed_at and self._isolation is None:
+            return Session.invalidate
+        return roll_back_and_close
 
     def _end(self, scope: Scope, session: SessionT) -> Task[None] | None:
         raise NotImplementedError
@@ -293,8 +320,7 @@ class ScopeRegistry(ScopedRegistry[SessionT]):
                 " db.session. Give the options to `db.session(...)` instead."
             )
         scope = current_scope()
-        if scope.read_only is not None:
-            self._database._reader.take_over(obj, scope, scope.read_only)
+        self._database._let_in(scope, obj)
         scope.drop(self._database)
         scope.put(self._database, obj)
         self._database._open_scopes.add(scope)

@@ -238,7 +238,7 @@ class Database(ThreadedDatabase):
 
         def ask() -> None:
             try:
-                for engine in self._engines:
+                for engine in self._engines_to_ping():
                     with engine.connect() as connection:
                         connection.execute(select(1))
             except BaseException as error:

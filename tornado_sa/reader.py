@@ -53,7 +53,7 @@ _IN_MEMORY = (
 )
 
 # Where the label of its unit of work is found in the info of a read-only session.
-_LABEL = "tornado_sa.read_only"
+LABEL = "tornado_sa.read_only"
 
 
 class Reader(Generic[EngineT]):
@@ -97,7 +97,7 @@ class Reader(Generic[EngineT]):
         """
         plain: Session = getattr(session, "sync_session", session)
         # Kept here and not looked up later: another scope may be the current one by then.
-        plain.info[_LABEL] = scope.label
+        plain.info[LABEL] = scope.label
         if self._in_memory:
             event.listen(plain, "after_begin", _refuse_writes)
             return
@@ -277,7 +277,7 @@ def _translate(context: ExceptionContext) -> BaseException | None:
         return None
     connection = context.connection
     session = None if connection is None else session_of(connection)
-    label = "This" if session is None else session.info.get(_LABEL, "This")
+    label = "This" if session is None else session.info.get(LABEL, "This")
     return violation(label, "the server refused to write")
 
 
@@ -287,7 +287,7 @@ def _refuse_writes(session: Session, _transaction: Any, connection: Connection) 
     def refuse(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         word = writing_word(statement)
         if word is not None:
-            raise violation(session.info[_LABEL], f"its session refused to {word}")
+            raise violation(session.info[LABEL], f"its session refused to {word}")
 
     event.listen(connection, "before_cursor_execute", refuse)
 

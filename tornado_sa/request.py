@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio import Future
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from inspect import isawaitable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -41,6 +42,15 @@ class _Done:
 
 _NOTHING: Generator[Any, Any, None] = (None for _ in range(0))  # exhausted for everybody
 DONE = _Done()
+
+
+async def after(
+    wait: Awaitable[None], method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call ``method``, and wait for it, after ``wait``."""
+    await wait
+    result = method(*args, **kwargs)
+    return await result if isawaitable(result) else result
 
 
 class RequestScope(_Handler):
@@ -81,7 +91,9 @@ class RequestScope(_Handler):
         that may be awaited, yielded or dropped, so that ``super().prepare()``
         and ``await super().prepare()`` are both right in a subclass.
         """
-        self._begin_request()
+        wait = self._begin_request()
+        if wait is not None:
+            return after(wait, super().prepare)
         result = super().prepare()
         return DONE if result is None else result
 
@@ -162,13 +174,20 @@ class RequestScope(_Handler):
                     self._sa_bridge = database
         return self._sa_scope
 
-    def _begin_request(self) -> None:
+    def _begin_request(self) -> Awaitable[None] | None:
+        """Open the scope and make it current. Return what has to be awaited before it is used."""
         scope = self._sa_scope or self._open_scope()
         current.set(scope)
         if self._sa_task is None and not scope.closed:
             task = self._sa_task = asyncio.current_task()
             if task is not None:
                 task.add_done_callback(self._task_ended)
+        return self._wait_for(scope)
+
+    def _wait_for(self, scope: Scope) -> Awaitable[None] | None:
+        """In a test, one unit of work waits for another: see `tornado_sa.testing.isolated`."""
+        isolation = getattr(self._database(), "_isolation", None)
+        return None if isolation is None or scope.closed else isolation.begin(scope)
 
     def _end_request(self) -> None:
         task = self._sa_task

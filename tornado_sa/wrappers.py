@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tornado_sa.bridge import complete, cross, is_bridged
 from tornado_sa.events import Event, wait_for_it, wait_or_abort
+from tornado_sa.request import after
 from tornado_sa.scope import Scope, current, enter, leave
 from tornado_sa.transactions import run
 
@@ -157,11 +158,15 @@ def wrap_prepare(method: Method) -> Wrappers:
     call, awaiting_call = wrap_call(method, _answer)
 
     def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        self._begin_request()
+        wait = self._begin_request()
+        if wait is not None:
+            return after(wait, call, self, *args, **kwargs)
         return call(self, *args, **kwargs)
 
     async def awaiting(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        self._begin_request()
+        wait = self._begin_request()
+        if wait is not None:
+            await wait
         return await awaiting_call(self, *args, **kwargs)
 
     return plain, awaiting
@@ -217,8 +222,12 @@ def wrap_event(
     name: str,
     hand_over: Callable[[BaseHandler, Event, Awaitable[Any]], Awaitable[Any]] = wait_for_it,
     crossing: Crossing | None = _complete_and_end,
+    waits: bool = True,
 ) -> Callable[[Method], Wrappers]:
-    """An event of a WebSocket: a unit of work, which ends with the method or its coroutine."""
+    """An event of a WebSocket: a unit of work, which ends with the method or its coroutine.
+
+    ``waits``: for its turn, in an isolated database.
+    """
 
     def wrap(method: Method) -> Wrappers:
         call, _ = wrap_call(method, crossing)
@@ -229,6 +238,9 @@ def wrap_event(
                 return call(self, *args, **kwargs)
             event = Event(self, name)
             try:
+                wait = self._wait_for(event) if waits else None
+                if wait is not None:
+                    return hand_over(self, event, after(wait, call, self, *args, **kwargs))
                 with event:
                     result = call(self, *args, **kwargs)
             except BaseException:
@@ -251,7 +263,7 @@ def wrap_event(
 def wrap_log_exception(method: Method) -> Wrappers:
     """``log_exception`` of a WebSocket: Tornado calls it when the event that failed is over."""
     call, _ = wrap_call(method)
-    event, _ = wrap_event("log_exception", crossing=None)(method)
+    event, _ = wrap_event("log_exception", crossing=None, waits=False)(method)
 
     def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
         scope = self._sa_scope or self._open_scope()

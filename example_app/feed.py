@@ -124,9 +124,8 @@ class FeedHandler(SessionWebSocketHandler):
         except Refused as refused:
             self.close(INVALID_DATA, refused.message[:100])
             return
-        with self.db.scope("feed: missed", read_only=True) as session:
-            for transfer in _after(session, after):
-                self.send(transfer)
+        for transfer in _after(self.session, after):
+            self.send(transfer)
 
     def on_close(self) -> None:
         """Called when the socket is gone."""

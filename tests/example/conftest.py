@@ -11,14 +11,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine, delete, make_url
+from sqlalchemy import create_engine, make_url
 from tornado.httpclient import AsyncHTTPClient
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 
 from example_app.app import make_app, open_database
 from example_app.database import AnyDatabase
-from example_app.models import Base
 from example_app.schema import upgrade
 from tests.conftest import POSTGRESQL_URL, no_connection_thread
 from tests.example.support import Books, checked_out
@@ -32,22 +31,31 @@ DATABASES = ["sqlite", "psycopg", "aiosqlite", "asyncpg"]
 def sqlite_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with the ledger's tables, to be copied."""
     path = tmp_path_factory.mktemp("ledger") / "ledger.db"
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection:
-        upgrade(connection)
-    engine.dispose()
+    make_tables(f"sqlite:///{path}")
     return path
 
 
 @pytest.fixture(scope="session")
-def postgresql_ledger(postgresql_url: str) -> Iterator[str]:
-    """A database with the ledger's tables, of this run's own."""
+def postgresql_ledger() -> Iterator[str]:
+    """A database with the ledger's tables, of this run's own. No test leaves anything in it."""
     with own_postgresql() as url:
-        engine = create_engine(url)
-        with engine.connect() as connection:
-            upgrade(connection)
-        engine.dispose()
+        make_tables(url)
         yield url
+
+
+@pytest.fixture
+def fresh_postgresql() -> Iterator[str]:
+    """A database with the ledger's tables, of this test's own."""
+    with own_postgresql() as url:
+        make_tables(url)
+        yield url
+
+
+def make_tables(url: str) -> None:
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        upgrade(connection)
+    engine.dispose()
 
 
 class own_postgresql:
@@ -84,14 +92,10 @@ def db(
         shutil.copy(request.getfixturevalue("sqlite_ledger"), tmp_path / "ledger.db")
         url = f"{DRIVERS[driver]}:///{tmp_path / 'ledger.db'}"
     else:
-        given = make_url(request.getfixturevalue("postgresql_ledger"))
-        url = given.set(drivername=DRIVERS[driver]).render_as_string(hide_password=False)
-        engine = create_engine(given)
-        with engine.begin() as connection:
-            for table in reversed(Base.metadata.sorted_tables):
-                connection.execute(delete(table))
-        engine.dispose()
-    db = open_database(url)
+        alone = "concurrent" in request.fixturenames
+        given = request.getfixturevalue("fresh_postgresql" if alone else "postgresql_ledger")
+        url = make_url(given).set(drivername=DRIVERS[driver])
+    db = open_database(url if isinstance(url, str) else url.render_as_string(hide_password=False))
     yield db
 
     async def end() -> None:
@@ -105,13 +109,24 @@ def db(
 
 
 @pytest.fixture
-def books(db: AnyDatabase) -> Books:
-    return Books(db)
+def concurrent() -> None:
+    """Asked for where things happen at the same time: that takes many transactions, not one."""
 
 
 @pytest.fixture
-def app(db: AnyDatabase, io_loop: IOLoop) -> Iterator[Application]:
-    app = make_app(db)
+def ledger_db(request: pytest.FixtureRequest, db: AnyDatabase) -> Any:
+    """The database, isolated: whatever a test commits is rolled back after it."""
+    return db if "concurrent" in request.fixturenames else request.getfixturevalue("isolated_db")
+
+
+@pytest.fixture
+def books(ledger_db: AnyDatabase) -> Books:
+    return Books(ledger_db)
+
+
+@pytest.fixture
+def app(ledger_db: AnyDatabase, io_loop: IOLoop) -> Iterator[Application]:
+    app = make_app(ledger_db)
     yield app
     io_loop.run_sync(app.settings["feed"].close)
 

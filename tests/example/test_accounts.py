@@ -107,6 +107,7 @@ async def test_owner_and_limit_can_be_changed(books: Books, ask: Any) -> None:
     assert await ask("GET", f"/accounts/{ident}") == (200, account)
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_a_change_of_what_has_changed_is_a_409(books: Books, ask: Any) -> None:
     """Of several at the same time, one is made."""

@@ -112,7 +112,8 @@ async def test_an_unreachable_database_is_a_503(
 
 @pytest.mark.gen_test
 async def test_a_database_that_answers_is_healthy(ask: Any) -> None:
-    assert await ask("GET", "/healthz") == (200, {"status": "ok"})
+    quiet = {"status": "ok", "connections_out": 0, "units_of_work": 0}
+    assert await ask("GET", "/healthz") == (200, quiet)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ async def test_a_bad_message_closes_the_socket(listen: Any, message: str | bytes
     assert socket.close_code == feed.INVALID_DATA
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_a_socket_holds_no_connection_and_nobody_looks_when_nobody_listens(
     app: Application, books: Books, listen: Any

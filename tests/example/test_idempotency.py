@@ -32,6 +32,7 @@ async def test_a_repeated_request_gets_the_first_answer(books: Books, fetch: Any
     assert await books.rows() == (2, 1)
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_repeated_at_the_same_time_it_moves_money_once(books: Books, fetch: Any) -> None:
     first, second = await books.open(100, 0)
@@ -74,6 +75,7 @@ async def test_the_key_of_another_request_is_a_422(
     assert (await fetch("POST", "/transfers", order, KEY)).code == 201
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_of_two_requests_with_one_key_at_the_same_time_one_is_done(
     books: Books, fetch: Any

@@ -74,6 +74,7 @@ async def test_an_empty_ledger_has_no_statements(books: Books) -> None:
     assert await write_missing(books.db, MONDAY) == 0
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_processes_that_write_at_the_same_time_write_each_day_once(books: Books) -> None:
     await fill(books)
@@ -83,6 +84,7 @@ async def test_processes_that_write_at_the_same_time_write_each_day_once(books: 
     assert len(await read(books.db, "test", statements)) == 7
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_the_job_begins_with_what_is_missing(books: Books) -> None:
     opened = datetime.now(UTC) - timedelta(days=2)

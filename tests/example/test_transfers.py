@@ -76,6 +76,7 @@ async def test_a_bad_transfer_is_refused(
     assert (await books.balances(), await books.rows()) == ([100, 100], (2, 0))
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_concurrent_transfers_conserve_money(books: Books, ask: Any) -> None:
     """In both directions at once, and more than the accounts can pay."""

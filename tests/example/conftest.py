@@ -90,12 +90,12 @@ def db(
     """The application's database, with empty tables. After the test nothing is out or open."""
     if "sqlite" in driver:
         shutil.copy(request.getfixturevalue("sqlite_ledger"), tmp_path / "ledger.db")
-        url = f"{DRIVERS[driver]}:///{tmp_path / 'ledger.db'}"
+        url = make_url(f"{DRIVERS[driver]}:///{tmp_path / 'ledger.db'}")
     else:
         alone = "concurrent" in request.fixturenames
         given = request.getfixturevalue("fresh_postgresql" if alone else "postgresql_ledger")
         url = make_url(given).set(drivername=DRIVERS[driver])
-    db = open_database(url if isinstance(url, str) else url.render_as_string(hide_password=False))
+    db = open_database(url.render_as_string(hide_password=False))
     yield db
 
     async def end() -> None:

@@ -125,7 +125,7 @@ async def test_the_export_waits_for_its_reader_and_notices_that_it_is_gone(
     """Otherwise all of it would be in memory. Its connection is back in the pool at once."""
     first, second = await books.open(10**9, 0)
     row = {"from_id": first, "to_id": second, "amount": 1, "memo": "x" * 200}
-    await write(books.db, "test", lambda session: session.execute(insert(Transfer), [row] * 15_000))
+    await write(books.db, "test", lambda session: session.execute(insert(Transfer), [row] * 30_000))
     async with RawClient(base_url) as client:
         await client.send("GET /transfers.ndjson HTTP/1.1\nHost: x")
         assert await client.status() == 200

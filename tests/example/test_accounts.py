@@ -53,6 +53,7 @@ BAD_ACCOUNTS: list[tuple[str, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "values"), BAD_ACCOUNTS)
+@pytest.mark.parametrize("driver", ["sqlite", "asyncpg"], indirect=True)
 @pytest.mark.gen_test
 async def test_a_bad_account_is_refused(
     books: Books, ask: Any, field: str, values: list[Any]
@@ -71,6 +72,7 @@ BAD_BODIES += ['{"owner": "Ada", "owner": "Bob", "currency": "EUR"}', '{"amount"
 
 
 @pytest.mark.parametrize("path", ["/accounts", "/transfers"])
+@pytest.mark.parametrize("driver", ["sqlite", "asyncpg"], indirect=True)
 @pytest.mark.gen_test
 async def test_a_bad_body_is_refused(books: Books, ask: Any, path: str) -> None:
     for body in BAD_BODIES:

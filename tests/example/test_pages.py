@@ -17,6 +17,12 @@ from example_app.models import Account, Statement, Transfer
 from tests.example.support import Books
 
 
+@pytest.fixture(params=["sqlite", "asyncpg"])
+def driver(request: pytest.FixtureRequest) -> Any:
+    """Two will do: one blocks, and one is bridged."""
+    return request.param
+
+
 @pytest.fixture
 def visit(fetch: Any) -> Any:
     """A person's browser: keeps cookies, and sends the hidden fields of the page's forms."""

@@ -63,6 +63,7 @@ BAD_TRANSFERS: list[tuple[str, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "values"), BAD_TRANSFERS)
+@pytest.mark.parametrize("driver", ["sqlite", "asyncpg"], indirect=True)
 @pytest.mark.gen_test
 async def test_a_bad_transfer_is_refused(
     books: Books, ask: Any, field: str, values: list[Any]

@@ -42,11 +42,15 @@ async def settled(app: Application) -> None:
     await asyncio.sleep(0.1)
 
 
+@pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
 async def test_everybody_hears_of_a_transfer(
     app: Application, books: Books, ask: Any, listen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, because of ``after_commit``: nobody looks at the database for another hour."""
+    """At once, because of ``after_commit``: nobody looks at the database for another hour.
+
+    And not too early, when there is nothing to be seen yet.
+    """
     monkeypatch.setattr(feed, "POLL_SECONDS", 3600)
     first, second = await books.open(100, 0)
     sockets = [await listen(), await listen()]

@@ -28,6 +28,7 @@ from tests.example.support import (
     add_accounts,
     count_rows,
     list_balances,
+    off_the_books,
     refused,
     run,
     serving,
@@ -216,6 +217,7 @@ def test_servers_that_share_a_database_conserve_money(
         True,
     )
     assert in_books(ledger, count_rows) == (2, codes.count(201))
+    assert in_books(ledger, off_the_books) == []
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
@@ -324,6 +326,7 @@ def test_processes_share_the_work(tmp_path: Path, ledger: Database, database_url
     assert set(codes) == {201, 422}
     assert sum(in_books(ledger, list_balances)) == 200
     assert in_books(ledger, count_rows) == (2, codes.count(201))
+    assert in_books(ledger, off_the_books) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -89,6 +89,7 @@ async def test_concurrent_transfers_conserve_money(books: Books, ask: Any) -> No
     assert sum(await books.balances()) == 200
     assert min(await books.balances()) >= 0
     assert await books.rows() == (2, [code for code, _ in answers].count(201))
+    await books.check()
 
 
 @pytest.mark.gen_test

@@ -246,7 +246,8 @@ def test_the_pages_on_desktop_and_phone(browser: Browser, server: Server, scheme
             page = browser.window(path, viewport, color_scheme=scheme)
             expect(page.locator("#live")).to_have_text("Live")
             assert fits(page), (device, name)
-            picture(page, f"{name}-{device}" + ("-dark" if scheme == "dark" else ""))
+            if scheme == "light" and (name, device) != ("account", "phone"):
+                picture(page, f"{name}-{device}")
     server.post("/accounts", {"owner": "W" * 100, "currency": "KWD", "balance": 2**63 - 1})
     for path in "/", "/ledger/1", "/ledger/5", "/nothing":
         page = browser.window(path, PHONE, color_scheme=scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import re
 import warnings
@@ -16,10 +17,11 @@ from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
+    InvalidRequestError,
     OperationalError,
     SAWarning,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from tornado import gen
 from tornado.web import Application
 from tornado.websocket import websocket_connect
@@ -51,6 +53,7 @@ from tornado_sa import (
     read_only,
     transactional,
 )
+from tornado_sa.isolated_session import IsolatedSession
 from tornado_sa.testing import Isolation, count_queries, isolated
 
 everywhere = only(*SYNC, *ASYNC, *BRIDGED, *MARIADB)
@@ -219,17 +222,18 @@ async def test_byte_for_byte_with_a_write_ahead_log(flavour: Flavour) -> None:
 
 @pytest.mark.gen_test
 async def test_a_constraint_is_as_deferred_as_before(flavour: Flavour) -> None:
-    async def reply_first(session: Any) -> None:
-        session.add(Reply(note_id=7))
+    async def reply_first(session: Any, note_id: int) -> None:
+        session.add(Reply(note_id=note_id))
         await settle(session.flush())
-        session.add(Note(id=7, text="late"))
+        session.add(Note(id=note_id, text="late"))
 
     async with isolation(flavour):
         for _ in range(2):
             with pytest.raises(IntegrityError, match=r"(?i)foreign key"):
                 await flavour.in_scope(lambda session: session.add(Reply(note_id=8)), commit=True)
-        await flavour.in_scope(reply_first, commit=True)
-        assert await count(flavour) == 1
+        for note_id in (7, 9):  # the second time, after a COMMIT that has checked
+            await flavour.in_scope(lambda session, i=note_id: reply_first(session, i), commit=True)
+        assert await count(flavour) == 2
     assert flavour.texts() == []
 
 
@@ -332,6 +336,10 @@ async def test_readers_share_the_connection_and_cannot_write(
             assert (await fetch(method="POST")).code == 200
             assert (await fetch()).body == text_read
             assert (await fetch(method="PUT")).code == 500
+        reader = {"bind": flavour.sync_engines[1]}  # as a get_bind() of the user's may answer
+        query = select(func.count(Note.id))
+        found = await flavour.in_scope(lambda one: one.scalar(query, bind_arguments=reader))
+        assert found == 2
         assert flavour.checked_out() == 1
         assert (await fetch()).body == b"x,x"
     assert [type(error) for error in errors] == [ReadOnlyViolation] * 2
@@ -643,7 +651,7 @@ async def test_sessions_of_the_sessionmaker_are_isolated_too(flavour: Flavour, s
         assert entered.in_use == []
         assert await count(flavour) == 1
     assert (await fetch("/")).code == 405
-    with pytest.raises(TornadoSAError, match="over by now"):
+    with pytest.raises(InvalidRequestError):
         await settle(session.scalar(select(1)))
     assert flavour.texts() == []
 
@@ -689,9 +697,11 @@ def test_a_plain_callback_opens_a_unit_of_work(flavour: Flavour) -> None:
             session.add(Note(text="mail"))
 
     with isolated(flavour.db):
-        with flavour.db.begin() as session:
+        with flavour.db.scope() as session:
             session.add(Note(text="x"))
             flavour.db.after_commit(store)
+            session.commit()
+            session.scalar(select(1))  # has the connection again
         with flavour.db.scope() as session:
             assert session.scalar(select(func.count(Note.id))) == 2
 
@@ -735,7 +745,7 @@ class StaleAnswer(OperationalError):
 
 @everywhere
 @pytest.mark.gen_test
-async def test_ping_status_and_dispose_inside(flavour: Flavour) -> None:
+async def test_ping_status_and_dispose_inside(flavour: Flavour, expected_log: list[str]) -> None:
     async with isolation(flavour):
         await flavour.in_scope(lambda session: session.add(Note(text="x")), commit=True)
         assert await settle(flavour.db.ping())
@@ -743,7 +753,15 @@ async def test_ping_status_and_dispose_inside(flavour: Flavour) -> None:
         assert flavour.db.status().open_scopes == []
         await settle(flavour.db.dispose())
         assert await count(flavour) == 1
+
+        async def dispose_within(session: Any) -> None:
+            await settle(session.scalar(select(1)))
+            await settle(flavour.db.dispose())
+
+        await flavour.in_scope(dispose_within)
+        assert await count(flavour) == 1
     assert flavour.texts() == []
+    expected_log.append("is disposed of while still in use by: test")
 
 
 @pytest.mark.parametrize("kind", [Database, AsyncDatabase])
@@ -816,6 +834,135 @@ async def test_several_databases(kind: Any, tmp_path: Path) -> None:
     await settle(db.dispose())
 
 
+@everywhere
+@pytest.mark.gen_test
+async def test_options_of_the_engine_and_the_sessions(flavour: Flavour) -> None:
+    """Autocommit, warnings of long holds, a session class and its options."""
+
+    class Own(Session):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(join_transaction_mode="rollback_only", **options)
+
+    option = "sync_session_class" if flavour.is_async else "class_"
+    db = type(flavour.db)(
+        flavour.sync_engine.url,
+        engine_options={"isolation_level": "AUTOCOMMIT"},
+        session_options={option: Own, "expire_on_commit": True, "autoflush": False},
+        hold_warning=0.1,
+    )
+    own = Flavour(flavour.name, db, flavour.admin)
+    async with isolation(own):
+        for _ in range(2):
+            await own.in_scope(lambda session: session.add(Note(text="x")), commit=True)
+        with pytest.raises(ValueError, match="mine"):
+            await own.in_scope(add_and_fail)
+        assert await count(own) == 2
+        if flavour.name == "sqlite":
+            await asyncio.sleep(0.12)
+        sessions = db.sessionmaker()
+        plain = getattr(sessions, "sync_session", sessions)
+        assert isinstance(plain, Own)
+        assert (plain.autoflush, plain.expire_on_commit) == (False, True)
+        await settle(sessions.close())
+    assert flavour.texts() == []
+    await own.in_scope(lambda session: session.add(Note(text="x")), commit=True)
+    assert flavour.texts() == ["x"]
+    await own.dispose()
+
+
+async def add_and_fail(session: Any) -> None:
+    session.add(Note(text="x"))
+    await settle(session.flush())
+    raise ValueError("mine")
+
+
+@only(*BRIDGED)
+@pytest.mark.gen_test
+async def test_plain_callbacks_wait_under_the_bridge(flavour: Flavour, serve: Any) -> None:
+    called: list[int] = []
+
+    def store() -> None:
+        with flavour.db.begin("callback") as session:
+            session.add(Note(text="mail"))
+        called.append(1)
+
+    class Handler(flavour.Handler):
+        @transactional
+        def post(self) -> None:
+            self.session.add(Note(text="x"))
+            self.after_commit(store)
+
+    fetch = serve(Handler)
+    async with isolation(flavour):
+        answers = await asyncio.gather(*[fetch(method="POST") for _ in range(4)])
+        assert [answer.code for answer in answers] == [200] * 4
+        await until(lambda: len(called) == 4)
+        assert await count(flavour) == 8
+
+
+@only("sqlite", "aiosqlite")
+@pytest.mark.gen_test
+async def test_it_leaves_nothing_in_memory(flavour: Flavour) -> None:
+    for _ in range(20):
+        async with isolation(flavour):
+            await count(flavour)
+    gc.collect()
+    assert len(IsolatedSession.__subclasses__()) == 0
+
+
+@only(*SYNC, *ASYNC)
+@pytest.mark.gen_test
+async def test_what_fails_to_begin_holds_nothing(flavour: Flavour) -> None:
+    url = flavour.sync_engine.url
+    db = type(flavour.db)(url, binds={Reply: url})  # so it has no reader
+    own = Flavour(flavour.name, db, flavour.admin)
+    async with isolation(own, timeout=0.1) as entered:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="no reader"):
+                block = db.scope(read_only=True)
+                if own.is_async:
+                    async with block:
+                        pass
+                else:
+                    with block:
+                        pass
+            assert entered.in_use == []
+        kept: list[Any] = []
+        await own.in_scope(kept.append)
+        with pytest.raises(InvalidRequestError):  # SQLAlchemy's own: it was closed
+            await settle(kept[0].scalar(select(1)))
+        assert entered.in_use == []
+        assert await count(own) == 0
+    await own.dispose()
+
+
+@pytest.mark.gen_test
+async def test_a_commit_that_failed_and_a_bare_close(flavour: Flavour) -> None:
+    async with isolation(flavour):
+        for _ in range(2):
+            session = flavour.db.sessionmaker()
+            session.add(Reply(note_id=404))
+            with pytest.raises(IntegrityError):
+                await settle(session.commit())
+            await settle(session.close())
+        assert await count(flavour) == 0
+
+
+@only(*ASYNC)
+@pytest.mark.gen_test
+async def test_blocks_wait(flavour: Flavour, serve: Any) -> None:
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await asyncio.sleep(0.02)
+
+    fetch = serve(Handler)
+    async with isolation(flavour) as entered:
+        request = asyncio.ensure_future(fetch())
+        await until(lambda: entered.in_use)
+        assert await count(flavour) == 0
+        assert (await request).code == 200
+
+
 # -- what cannot be --------------------------------------------------------------------------------
 
 
@@ -859,12 +1006,66 @@ async def test_what_cannot_be_says_so(flavour: Flavour) -> None:
         block.__exit__(None, None, None)
 
 
+@only("sqlite", "aiosqlite")
+@pytest.mark.gen_test
+async def test_who_waits_at_the_end_is_sent_away(flavour: Flavour) -> None:
+    scope = Scope("holder")
+    with pytest.raises(TornadoSAError, match=r"'holder' .* 'waiter' \("):
+        async with isolation(flavour) as entered:
+            entered.take(scope)
+            task = asyncio.ensure_future(wait_for(entered, Scope("waiter")))
+            await until(lambda: len(entered.in_use) == 2)
+    with pytest.raises(TornadoSAError, match="'waiter' wants to begin when"):
+        await asyncio.wait_for(task, 1)
+    scope.end()
+
+
 @only("psycopg")
 def test_two_phase_is_refused(flavour: Flavour, postgresql_url: str) -> None:
     url = flavour.sync_engine.url
     db = Database(url, session_options={"twophase": True})
     with pytest.raises(ConfigurationError, match="two phases"), isolated(db):
         pass
+
+
+SLOW = {
+    "postgresql": "SELECT pg_sleep(0.3)",
+    "mariadb": "SELECT SLEEP(0.3)",
+    "sqlite": "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 300000)"
+    " SELECT count(*) FROM c",
+}
+
+
+@only(*ASYNC, *BRIDGED, "aiomysql")
+@pytest.mark.gen_test
+async def test_a_query_that_is_cancelled(flavour: Flavour, serve: Any, base_url: str) -> None:
+    """Undoes its own unit of work. Not so on MariaDB, whose driver closes the connection."""
+    errors: list[Any] = []
+
+    class Handler(flavour.Handler):
+        async def post(self) -> None:
+            self.session.add(Note(text="undone"))
+            await settle(self.session.flush())
+            try:
+                async with asyncio.timeout(0.02):
+                    await settle(self.session.execute(text(SLOW[flavour.dialect])))
+            except TimeoutError as error:
+                errors.append(error)
+                self.set_status(504)
+
+    fetch = serve(Handler)
+    async with isolation(flavour):
+        await flavour.in_scope(lambda session: session.add(Note(text="kept")), commit=True)
+        assert (await fetch(method="POST")).code == 504
+        assert len(errors) == 1
+        if flavour.dialect == "mariadb":
+            with pytest.raises(TornadoSAError, match="its connection was lost"):
+                await count(flavour)
+        else:
+            assert await count(flavour) == 1
+            await flavour.in_scope(lambda session: session.add(Note(text="kept")), commit=True)
+            assert await count(flavour) == 2
+    assert flavour.texts() == []
 
 
 @only("psycopg", "asyncpg", "pymysql", "aiomysql")

@@ -20,6 +20,10 @@ async def add_note(flavour: Flavour) -> None:
     await flavour.in_scope(lambda session: session.add(Note(text="x")), commit=True)
 
 
+async def sleep_long() -> None:
+    await asyncio.sleep(3600)
+
+
 def run_and_close(work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     loop = asyncio.new_event_loop()
     try:
@@ -41,8 +45,13 @@ def test_the_loop_is_closed_before_the_isolation_ends(flavour: Flavour) -> None:
 def test_the_loop_stands_still_when_the_isolation_ends(flavour: Flavour) -> None:
     isolation = isolated(flavour.db).switch_on()
     loop = asyncio.new_event_loop()
+    before = loop.create_task(asyncio.sleep(3600))  # is nobody's of this test
+    older = loop.create_task(sleep_long())
+    loop.run_until_complete(asyncio.sleep(0))
     loop.run_until_complete(add_note(flavour))
-    end_anywhere(isolation, check=True)
+    end_anywhere(isolation, check=True, moment=0.2)
+    before.cancel()
+    older.cancel()
     loop.run_until_complete(flavour.dispose())
     loop.close()
     assert flavour.texts() == []

@@ -53,7 +53,11 @@ class _Block(Generic[SessionT]):
         return scope
 
     def _open(self, scope: Scope) -> SessionT:
-        session = self._database.session_in(scope)
+        try:
+            session = self._database.session_in(scope)
+        except BaseException:
+            scope.end()
+            raise
         self._scope, self._previous = scope, enter(scope)
         return session
 

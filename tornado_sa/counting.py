@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,13 +9,7 @@ from sqlalchemy import event
 
 from tornado_sa.async_database import AsyncDatabase
 from tornado_sa.database import Database
-from tornado_sa.outer import OURS
-
-# What ends and begins transactions is not counted. Outside of isolated(), drivers send most of it
-# themselves, so that the numbers are the same with it and without.
-_CONTROL = re.compile(
-    r"\s*(BEGIN|START\s+TRANSACTION|COMMIT|ROLLBACK|SAVEPOINT|RELEASE|SET\s+TRANSACTION)\b", re.I
-)
+from tornado_sa.outer import CONTROL, OURS
 
 
 class count_queries:
@@ -71,6 +64,8 @@ class count_queries:
 
     def _note(self, _connection: Any, _cursor: Any, statement: str, *rest: Any) -> None:
         context = rest[1]
+        # What begins and ends transactions is left out: outside of isolated(), drivers send most of
+        # it themselves. So the numbers are the same with it and without.
         ours = context is not None and context.execution_options.get(OURS)
-        if not ours and not _CONTROL.match(statement):
+        if not ours and not CONTROL.match(statement):
             self.statements.append(statement)

@@ -58,6 +58,13 @@ def warn_of_long_holds(engine: Engine, seconds: float) -> None:
     event.listen(engine, "handle_error", watch.statement_fails)
 
 
+def forget_hold(connection: Connection) -> None:
+    """Do not watch ``connection``, which is out and belongs to no unit of work."""
+    info = connection.connection.info
+    for watch in [key for key in info if isinstance(key, _Watch)]:
+        del info[watch]
+
+
 class _Hold:
     """A connection that is out. Only its holder touches this, so it needs no lock."""
 

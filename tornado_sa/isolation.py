@@ -11,22 +11,27 @@ import asyncio
 import weakref
 from asyncio import AbstractEventLoop, Task
 from collections.abc import Awaitable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from sqlalchemy import Connection, Dialect, Engine, ExceptionContext, event
 from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
 from tornado_sa.after_commit import LaterCall
 from tornado_sa.changes import session_of, writing_word
 from tornado_sa.core import DatabaseCore
 from tornado_sa.errors import ConfigurationError, TornadoSAError
+from tornado_sa.isolated_session import IsolatedSession
 from tornado_sa.memory import SharedPool
-from tornado_sa.outer import OURS, Outer, make_outer
+from tornado_sa.outer import CONTROL, OURS, Outer, make_outer
 from tornado_sa.reader import LABEL, is_refusal, violation
 from tornado_sa.scope import ReadOnly, Scope
 from tornado_sa.turns import running_loop
 from tornado_sa.unit_lock import UnitLock
+
+# SQLAlchemy discards the connection of a statement that was cancelled. With these drivers it can go
+# on: they cancel the statement on the server, or wait for its end, before the next one.
+_SURVIVE_CANCELLATION = frozenset({"asyncpg", "psycopg", "psycopg_async", "aiosqlite"})
 
 # In the info of a session that only reads.
 _READS = "tornado_sa.isolated_reads"
@@ -39,13 +44,13 @@ class Isolation:
     of work is over, however it ended.
     """
 
-    debug = False
+    debug: bool = False
 
     def __init__(self, database: DatabaseCore[Any], timeout: float, capture: bool) -> None:
         #: With ``capture_after_commit``, the calls that `.Database.after_commit` was asked for and
         #: whose work was committed, in their order. Each has a ``name``, and ``call()`` makes it.
         self.calls: list[LaterCall] = []
-        self.lock = UnitLock(f"isolated({database!r})", timeout)
+        self.lock: UnitLock = UnitLock(f"isolated({database!r})", timeout)
         #: The event loop of the test, once it has been seen, and the tasks it had by then.
         self.loop: AbstractEventLoop | None = None
         self.tasks_before: weakref.WeakSet[Task[Any]] = weakref.WeakSet()
@@ -228,6 +233,13 @@ class Isolation:
     def connection_for(self, session: Session, engine: Engine) -> Connection:
         """The connection that ``session`` uses in place of ``engine``."""
         self._admit(session)
+        try:
+            return self._outer_for(session, engine).connection
+        except BaseException:
+            self._end_loose(session)  # it will not begin
+            raise
+
+    def _outer_for(self, session: Session, engine: Engine) -> Outer:
         reader = self.database._reader.plain_engine()
         if reader is not None and engine.dialect is reader.dialect:
             engine = self.database._sync_engine
@@ -239,7 +251,7 @@ class Isolation:
             self._meet_loop()
         elif session not in self._begun:
             outer.check()
-        return outer.connection
+        return outer
 
     def _admit(self, session: Session) -> None:
         """Let ``session`` begin. One that belongs to no unit of work is one by itself."""
@@ -258,26 +270,33 @@ class Isolation:
         self.take(scope)
         self._loose[session] = scope
 
-    def began(self, session: Session) -> None:
-        """The transaction of ``session`` is a savepoint by now."""
+    def began(self, session: Session, connection: Connection) -> None:
+        """The transaction of ``session`` on ``connection`` is a savepoint by now."""
+        outer = self._outers.get(connection.dialect)
+        if outer is None or outer.connection is not connection:  # one that the user gave it
+            return
         self._begun.add(session)
-        for outer in self._outers.values():
-            outer.unit_begins()
-            if _READS in session.info and outer.read_only():
-                session.info[_READS] = outer
+        outer.unit_begins()
+        if _READS in session.info and outer.read_only():
+            session.info[_READS] = outer
 
     def ended(self, session: Session) -> None:
         """The transaction of ``session`` is over, and its savepoint with it."""
-        if session in self._begun:
-            for outer in self._outers.values():
-                outer.unit_ended()
-                if session.info.get(_READS) is outer and not outer.connection.invalidated:
-                    outer.read_again()
-        self._begun.discard(session)
+        try:
+            if session in self._begun:
+                for outer in self._outers.values():
+                    outer.unit_ended()
+                    if session.info.get(_READS) is outer and not outer.connection.invalidated:
+                        outer.read_again()
+        finally:
+            self._begun.discard(session)
+            self._end_loose(session)
+            self.look_at_holder()
+
+    def _end_loose(self, session: Session) -> None:
         loose = self._loose.pop(session, None)
         if loose is not None:
             loose.end()
-        self.look_at_holder()
 
     def _refuse(self, connection: Connection, _cursor: Any, statement: str, *rest: Any) -> None:
         """Refuse to write for a session that only reads, on a server that cannot."""
@@ -289,6 +308,10 @@ class Isolation:
             raise violation(session.info[LABEL], f"its session refused to {word}")
 
     def _translate(self, context: ExceptionContext) -> BaseException | None:
+        cancelled = isinstance(context.original_exception, asyncio.CancelledError)
+        if cancelled and context.dialect.driver in _SURVIVE_CANCELLATION:
+            # But who knows which savepoints there are, if it was about one?
+            context.is_disconnect = bool(CONTROL.match(context.statement or ""))
         session = None if context.connection is None else session_of(context.connection)
         if session is None or _READS not in session.info:
             return None
@@ -305,48 +328,6 @@ class Isolation:
                 f"isolated({self.database!r}) ends while units of work are open, which are rolled"
                 f" back with it: {_listed(left)}. Await them, or leave their `with` block, before."
             )
-
-
-class IsolatedSession(Session):
-    """A session on the connection of an `Isolation`, with a savepoint for its transaction."""
-
-    _isolation: ClassVar[Isolation]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "join_transaction_mode": "create_savepoint"})
-
-    def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-        bind = super().get_bind(*args, **kwargs)
-        return self._isolation.connection_for(self, bind) if isinstance(bind, Engine) else bind
-
-    def connection(self, bind_arguments: Any = None, execution_options: Any = None) -> Connection:
-        if bind_arguments and isinstance(bind_arguments.get("bind"), Engine):  # asks no get_bind()
-            bind_arguments = {**bind_arguments, "bind": self.get_bind(**bind_arguments)}
-        return super().connection(bind_arguments, execution_options)
-
-    def close(self) -> None:
-        try:
-            super().close()
-        finally:
-            self._isolation.ended(self)
-
-    def invalidate(self) -> None:
-        try:
-            super().invalidate()
-        finally:
-            self._isolation.ended(self)
-
-
-@event.listens_for(IsolatedSession, "after_begin")
-def _began(session: IsolatedSession, transaction: SessionTransaction, _connection: Any) -> None:
-    if transaction.parent is None:
-        session._isolation.began(session)
-
-
-@event.listens_for(IsolatedSession, "after_transaction_end")
-def _ended(session: IsolatedSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session._isolation.ended(session)
 
 
 def _listed(scopes: list[Scope]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tornado_sa.bridge import cross
 from tornado_sa.isolation import Isolation
+from tornado_sa.scope import Scope
 from tornado_sa.turns import running_loop
 
 # How often it is looked whether what was about to end has ended, in seconds.
@@ -32,10 +33,12 @@ def end_anywhere(isolation: Isolation, check: bool, moment: float = 1.0) -> None
     left. Those that are about to end have a ``moment`` for it, in seconds.
     """
     loop = isolation.loop
-    waits = loop is not None and not loop.is_closed() and running_loop() is None
-    if waits and loop is not None and not loop.is_running():
+    if loop is not None and (loop.is_closed() or loop.is_running() or running_loop()):
+        loop = None
+    if loop is not None:
         loop.run_until_complete(_settle(isolation, moment))
     left = list(_left(isolation))
+    _end_units(isolation, loop)
     isolation.switch_off()
     _roll_back(isolation, loop)
     if left and check:
@@ -51,10 +54,30 @@ async def _settle(isolation: Isolation, moment: float) -> None:
         await asyncio.sleep(_PAUSE)
 
 
+def _units(isolation: Isolation) -> list[Scope]:
+    isolation.look_at_holder()
+    return list(dict.fromkeys([*isolation.in_use, *isolation.database.status().open_scopes]))
+
+
+def _end_units(isolation: Isolation, loop: AbstractEventLoop | None) -> None:
+    """End what is left, or every test to come would fail as well."""
+
+    async def end_and_wait() -> None:
+        for scope in _units(isolation):
+            await asyncio.gather(*scope.end())
+
+    if loop is not None:
+        loop.run_until_complete(end_and_wait())
+    for scope in _units(isolation):
+        if isolation.database.needs_bridge:  # nobody can close its session any more
+            scope.drop(isolation.database)
+            isolation.database._open_scopes.discard(scope)
+        scope.end()
+
+
 def _left(isolation: Isolation) -> Iterator[str]:
     database = isolation.database
-    isolation.look_at_holder()
-    for scope in dict.fromkeys([*isolation.in_use, *database.status().open_scopes]):
+    for scope in _units(isolation):
         yield f"the unit of work {scope.label!r} ({scope.age:.1f} s)"
     connections = isolation.others_connected()
     if connections > 0:
@@ -85,7 +108,7 @@ def _roll_back(isolation: Isolation, loop: AbstractEventLoop | None) -> None:
         return
     if not isolation.database.needs_bridge:
         isolation.roll_back()
-    elif loop is None or loop.is_closed() or loop.is_running():
+    elif loop is None:
         # Nobody can talk to the server now. Its end of the connection rolls back when ours is
         # closed, which it is by the garbage collector; drivers warn of that.
         with warnings.catch_warnings():

@@ -6,6 +6,7 @@ for, and what ends the outer transaction behind our back has to be noticed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -14,9 +15,15 @@ from sqlalchemy import Connection, Engine, NestedTransaction, event
 from sqlalchemy.exc import IntegrityError
 
 from tornado_sa.errors import TornadoSAError
+from tornado_sa.holds import forget_hold
 
 #: The execution option that marks statements of ours; `count_queries` leaves them out.
 OURS = "tornado_sa_isolation"
+
+#: What begins and ends transactions.
+CONTROL = re.compile(
+    r"\s*(BEGIN|START\s+TRANSACTION|COMMIT|ROLLBACK|SAVEPOINT|RELEASE|SET\s+TRANSACTION)\b", re.I
+)
 
 # SET CONSTRAINTS has no "as declared", so those that were deferred are named.
 _DEFER_AGAIN = """\
@@ -41,7 +48,9 @@ class Outer:
         self._root: NestedTransaction | None = None
         self._options: dict[str, Any] = {}
         self._is_resetting = False
+        forget_hold(self.connection)
         try:
+            self._leave_autocommit()
             event.listen(self.connection, "release_savepoint", self._releases)
             event.listen(self.connection, "set_connection_execution_options", self._keeps)
             self._transaction = self.connection.begin()
@@ -52,6 +61,9 @@ class Outer:
             raise
 
     # -- what a server needs -------------------------------------------------
+
+    def _leave_autocommit(self) -> None:
+        """Called before the outer transaction, for an engine in autocommit mode."""
 
     def _begin(self) -> None:
         """Called in the outer transaction, which some drivers have not begun yet."""
@@ -148,6 +160,10 @@ class Outer:
 
 
 class _PostgreSQL(Outer):
+    def _leave_autocommit(self) -> None:
+        if getattr(self.connection.connection.dbapi_connection, "autocommit", None) is True:
+            self.connection.execution_options(isolation_level="READ COMMITTED")
+
     def _check_commit(self) -> None:
         self._say("SET CONSTRAINTS ALL IMMEDIATE")
         self._say(_DEFER_AGAIN)

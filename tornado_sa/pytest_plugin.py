@@ -33,7 +33,7 @@ def nothing_left_out() -> bool:
 
 
 @pytest.fixture
-def isolation(
+def tornado_sa_isolation(
     db: Any,
     request: pytest.FixtureRequest,
     nothing_left_out: bool,
@@ -51,13 +51,13 @@ def isolation(
 
 
 @pytest.fixture
-def isolated_db(db: Any, isolation: Isolation) -> Any:
+def isolated_db(db: Any, tornado_sa_isolation: Isolation) -> Any:
     """The database ``db``, isolated: what is committed in the test is rolled back after it."""
     return db
 
 
 @pytest.fixture
-def after_commit_calls(isolation: Isolation) -> list[LaterCall]:
+def after_commit_calls(tornado_sa_isolation: Isolation) -> list[LaterCall]:
     """The calls of ``after_commit`` whose work was committed. They are kept, and not made."""
-    isolation.captures = True
-    return isolation.calls
+    tornado_sa_isolation.captures = True
+    return tornado_sa_isolation.calls

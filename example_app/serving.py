@@ -69,7 +69,7 @@ async def serve(serving: Serving, ready: Callable[[], None], parent: int | None 
             with starting(f"Cannot use {db!r}"):
                 await create_schema(db)
         app = make_app(db, serving.debug)
-        jobs.append(asyncio.create_task(every_day(db), name="daily statement"))
+        jobs.append(asyncio.create_task(every_day(db, ending), name="daily statement"))
         server = DrainingServer(app, max_body_size=MAX_BODY)
         server.add_sockets(serving.sockets)
         ready()
@@ -80,10 +80,8 @@ async def serve(serving: Serving, ready: Callable[[], None], parent: int | None 
         await app.settings["feed"].close()
         await server.drain(GRACE)
     finally:
-        for job in jobs:
-            job.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await job
+        ending.set()
+        await asyncio.gather(*jobs)
         await dispose(db)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from datetime import UTC, date, datetime, time, timedelta
 
@@ -19,17 +20,23 @@ logger = logging.getLogger("example_app")
 SETTLING = timedelta(minutes=5)
 
 
-async def every_day(db: AnyDatabase) -> None:
-    """Write the statements of the days that are over, now and after each midnight, for ever."""
-    while True:
+async def every_day(db: AnyDatabase, ending: asyncio.Event) -> None:
+    """Write the statements of the days that are over, now and after each midnight.
+
+    Returns when ``ending`` is set, and between two units of work: to cancel it
+    could break off a COMMIT, whose outcome nobody would know.
+    """
+    while not ending.is_set():
         try:
             await write_missing(db, datetime.now(UTC))
         except Exception:
             logger.exception("Statements could not be written; tried again in a minute")
-            await asyncio.sleep(60)
+            pause = 60.0
         else:
             now = datetime.now(UTC)
-            await asyncio.sleep((_over_at(now.date()) - now).total_seconds() + 1)
+            pause = (_over_at(now.date()) - now).total_seconds() + 1
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ending.wait(), pause)
 
 
 async def write_missing(db: AnyDatabase, now: datetime) -> int:

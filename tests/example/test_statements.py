@@ -86,10 +86,11 @@ async def test_processes_that_write_at_the_same_time_write_each_day_once(books: 
 
 @pytest.mark.usefixtures("concurrent")
 @pytest.mark.gen_test
-async def test_the_job_begins_with_what_is_missing(books: Books) -> None:
+async def test_the_job_begins_with_what_is_missing_and_ends_when_it_is_told(books: Books) -> None:
     opened = datetime.now(UTC) - timedelta(days=2)
     await books.add(Account(owner="Ada", currency="EUR", balance=5, opened_at=opened))
-    job = asyncio.create_task(every_day(books.db))
+    ending = asyncio.Event()
+    job = asyncio.create_task(every_day(books.db, ending))
     found: list[object] = []
 
     async def look() -> None:
@@ -99,5 +100,5 @@ async def test_the_job_begins_with_what_is_missing(books: Books) -> None:
 
     looking = asyncio.create_task(look())
     await until(lambda: found)
-    job.cancel()
-    await asyncio.wait([job, looking])
+    ending.set()
+    await asyncio.wait_for(asyncio.gather(job, looking), 5)

@@ -81,7 +81,9 @@ async def serve(serving: Serving, ready: Callable[[], None], parent: int | None 
         await server.drain(GRACE)
     finally:
         ending.set()
-        await asyncio.gather(*jobs)
+        if jobs:
+            for late in (await asyncio.wait(jobs, timeout=GRACE))[1]:  # the database may hang
+                late.cancel()
         await dispose(db)
 
 

@@ -64,6 +64,7 @@ def test_the_migrations_make_what_the_models_say(ledger: Database) -> None:
     assert checks == {"account_within_limit"}
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", "asyncpg"], indirect=True)
 def test_a_database_of_the_first_version_is_upgraded(
     tmp_path: Path, engine: Engine, database_url: str
 ) -> None:
@@ -121,6 +122,7 @@ def test_the_tables_of_somebody_else_are_left_alone(
         assert len(inspect(connection).get_table_names()) == 1
 
 
+@pytest.mark.parametrize("database_url", ["aiosqlite", "psycopg"], indirect=True)
 def test_servers_may_start_at_the_same_time(tmp_path: Path, database_url: str) -> None:
     """One of them makes the tables, the others wait for it."""
     with ExitStack() as stack, ThreadPoolExecutor(4) as pool:

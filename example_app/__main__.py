@@ -5,28 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from tornado.netutil import bind_sockets
 
-from example_app.app import create_schema, make_app, open_database
-from example_app.server import DrainingServer
-from tornado_sa import AsyncDatabase
+from example_app.database import in_memory
+from example_app.processes import serve_in_processes
+from example_app.serving import CannotStart, Serving, prepare, serve, starting
 
 ADDRESS = "127.0.0.1"
-
-# The largest body of a request, in bytes: a transfer takes some hundred.
-MAX_BODY = 64 * 1024
-
-# How long requests in flight may take once the server has been asked to end, in seconds.
-GRACE = 10.0
-
-
-class CannotStart(Exception):
-    """The server cannot start, for a reason that fits in one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,8 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         level=logging.DEBUG if options.debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # the ledger says it in one line
     try:
-        asyncio.run(serve(options.port, options.database_url, options.debug))
+        run(options)
     except CannotStart as error:
         sys.exit(str(error))
 
@@ -61,6 +50,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         " (default: %(default)s, a file in this folder)",
     )
     parser.add_argument(
+        "--processes",
+        type=process_count,
+        default=1,
+        metavar="N",
+        help="how many processes share the work (default: %(default)s)",
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="show templates as they change, and log everything"
     )
     return parser.parse_args(arguments)
@@ -74,41 +70,40 @@ def port(text: str) -> int:
     return number
 
 
-async def serve(port: int, database_url: str, debug: bool) -> None:
-    """Start, answer requests until a signal comes, and end in good order."""
-    ending = asyncio.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(signum, ending.set)
+def process_count(text: str) -> int:
+    """A number of processes. Raises ``ValueError``."""
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise ValueError(text)
+    return number
 
-    with starting("Cannot use the database"):
-        db = open_database(database_url)
-    try:
-        with starting(f"Cannot use {db!r}"):
-            await create_schema(db)
-        server = DrainingServer(make_app(db, debug), max_body_size=MAX_BODY)
-        with starting(f"Cannot listen on {ADDRESS}:{port}"):
-            sockets = bind_sockets(port, ADDRESS)
-        server.add_sockets(sockets)
-        bound_port = sockets[0].getsockname()[1]  # --port 0 leaves the choice to the system
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for. Raises `.CannotStart`."""
+    url, count = options.database_url, options.processes
+    if count > 1:
+        with starting("Cannot use the database"):
+            alone = in_memory(url)
+        if alone:
+            raise CannotStart(
+                f"SQLite in memory is there for one process, not for {count}."
+                " Use a file: --database-url sqlite:///ledger.db"
+            )
+        # Once, and before there is anybody whose connections a fork could copy.
+        asyncio.run(prepare(url))
+    with starting(f"Cannot listen on {ADDRESS}:{options.port}"):
+        sockets = bind_sockets(options.port, ADDRESS)
+    bound_port = sockets[0].getsockname()[1]  # --port 0 leaves the choice to the system
+
+    def ready() -> None:
         print(f"Ledger on http://{ADDRESS}:{bound_port} (Ctrl-C ends it)", flush=True)
-        await ending.wait()
-        await server.drain(GRACE)
-    finally:
-        if isinstance(db, AsyncDatabase):
-            await db.dispose()
-        else:
-            db.dispose()
 
-
-@contextmanager
-def starting(failure: str) -> Iterator[None]:
-    """Turn an error of a step on the way up into one line for people."""
-    try:
-        yield
-    except Exception as error:  # any kind: drivers raise what they like
-        # SQLAlchemy adds the statement and a link to what the driver said.
-        cause = getattr(error, "orig", None) or error
-        raise CannotStart(f"{failure}: {' '.join(str(cause).split())}") from error
+    serving = Serving(url, options.debug, sockets)
+    if count > 1:
+        ready()
+        serve_in_processes(serving, count)
+    else:
+        asyncio.run(serve(serving, ready))
 
 
 if __name__ == "__main__":

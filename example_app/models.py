@@ -1,37 +1,34 @@
-"""What the ledger keeps: accounts, and the transfers between them.
+"""What the ledger keeps: accounts, the transfers between them, and what was said about both.
 
-Amounts of money are integers, in the currency's minor unit: 1234 EUR is €12.34.
+Amounts of money are integers, in the currency's minor unit: 1234 EUR is €12.34. For every account,
+and at any time, ``balance == opening + received - paid``: that is how the books are checked.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from decimal import Decimal
+from datetime import UTC, date, datetime
 from typing import Annotated, Any
 
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Date,
     DateTime,
     Dialect,
     ForeignKey,
     Integer,
     String,
+    Text,
     TypeDecorator,
 )
+from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
-
-#: The largest id, amount and balance: what a BIGINT column holds.
-MAX_INTEGER = 2**63 - 1
+from sqlalchemy.types import TypeEngine
 
 #: The longest text of each kind, in characters.
 MAX_OWNER = 100
 MAX_MEMO = 200
-
-# ISO 4217: how many digits the minor unit takes, where it is not two.
-_MINOR_DIGITS = dict.fromkeys(
-    "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF".split(), 0
-) | dict.fromkeys("BHD IQD JOD KWD LYD OMR TND".split(), 3)
+MAX_KEY = 200
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -40,9 +37,17 @@ class UTCDateTime(TypeDecorator[datetime]):
     impl = DateTime(timezone=True)
     cache_ok = True
 
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """MariaDB keeps whole seconds unless it is told otherwise."""
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """On its way to the database: SQLite would drop the time zone, so make it UTC first."""
-        return None if value is None else value.astimezone(UTC)
+        if value is None or dialect.name == "postgresql":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """On its way back: SQLite returns it naive, PostgreSQL in the server's time zone."""
@@ -55,8 +60,22 @@ class Base(DeclarativeBase):
     """The base of the ledger's models."""
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _opening_balance(context: Any) -> int:
+    balance: int = context.get_current_parameters()["balance"]
+    return balance
+
+
 # SQLite numbers rows by itself only where the column is an INTEGER, which there has 64 bits too.
 Id = Annotated[int, mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)]
+
+# Compared byte by byte: MariaDB would take "a" and "A" for the same key.
+_KEY = String(MAX_KEY).with_variant(
+    mysql.VARCHAR(MAX_KEY, charset="ascii", collation="ascii_bin"), "mysql", "mariadb"
+)
 
 
 class Account(Base):
@@ -64,12 +83,21 @@ class Account(Base):
 
     __tablename__ = "account"
     # The last line of defence: handlers refuse an overdraft before the database has to.
-    __table_args__ = (CheckConstraint("balance >= 0", name="account_balance_not_negative"),)
+    __table_args__ = (CheckConstraint("balance >= balance_limit", name="account_within_limit"),)
 
     id: Mapped[Id]
     owner: Mapped[str] = mapped_column(String(MAX_OWNER))
     currency: Mapped[str] = mapped_column(String(3))
     balance: Mapped[int] = mapped_column(BigInteger)
+    #: The balance never goes below it: 0, or less for an overdraft. (LIMIT is a word of SQL's.)
+    limit: Mapped[int] = mapped_column("balance_limit", BigInteger, default=0)
+    #: The balance it was opened with, which no transfer accounts for. Never changes.
+    opening: Mapped[int] = mapped_column(BigInteger, default=_opening_balance)
+    opened_at: Mapped[datetime] = mapped_column(UTCDateTime, default=_now)
+    #: Counts the changes that people make to owner and limit, so that none undoes another's.
+    version: Mapped[int] = mapped_column(Integer, default=1)
+
+    statements: Mapped[list[Statement]] = relationship(order_by="Statement.day.desc()")
 
     def as_json(self) -> dict[str, Any]:
         """The account as clients of the API see it."""
@@ -78,6 +106,8 @@ class Account(Base):
             "owner": self.owner,
             "currency": self.currency,
             "balance": self.balance,
+            "limit": self.limit,
+            "version": self.version,
         }
 
 
@@ -92,7 +122,8 @@ class Transfer(Base):
     to_id: Mapped[int] = mapped_column(ForeignKey("account.id"), index=True)
     amount: Mapped[int] = mapped_column(BigInteger)
     memo: Mapped[str] = mapped_column(String(MAX_MEMO))
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=lambda: datetime.now(UTC))
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=_now, index=True)
+    idempotency_key: Mapped[str | None] = mapped_column(_KEY, unique=True, index=True)
 
     source: Mapped[Account] = relationship(foreign_keys=[from_id])
     target: Mapped[Account] = relationship(foreign_keys=[to_id])
@@ -109,7 +140,27 @@ class Transfer(Base):
         }
 
 
-def money(amount: int, currency: str) -> str:
-    """An amount for people to read: ``money(123456, "EUR")`` is ``"1,234.56 EUR"``."""
-    digits = _MINOR_DIGITS.get(currency, 2)
-    return f"{Decimal(amount).scaleb(-digits):,.{digits}f} {currency}"
+class Answer(Base):
+    """What was answered to the request that first came with an ``Idempotency-Key``."""
+
+    __tablename__ = "answer"
+
+    key: Mapped[str] = mapped_column("idempotency_key", _KEY, primary_key=True)
+    #: What was asked for: a digest, to tell a repetition from another request.
+    request: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int] = mapped_column(Integer)
+    location: Mapped[str | None] = mapped_column(String(100))
+    body: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=_now)
+
+
+class Statement(Base):
+    """What one day, in UTC, has done to one account."""
+
+    __tablename__ = "statement"
+
+    account_id: Mapped[int] = mapped_column(ForeignKey("account.id"), primary_key=True)
+    day: Mapped[date] = mapped_column(Date, primary_key=True)
+    received: Mapped[int] = mapped_column(BigInteger)
+    paid: Mapped[int] = mapped_column(BigInteger)
+    closing: Mapped[int] = mapped_column(BigInteger)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +59,57 @@ def test_one_loop_after_another(flavour: Flavour, no_warning_of_sockets: None) -
         assert asyncio.run(use(flavour.db)) == [0, 1, 2, 3, 4]
         assert flavour.checked_out() == 0
     asyncio.run(flavour.db.dispose())
+
+
+LEFT_BEHIND = """
+import asyncio, os, sys
+from sqlalchemy import literal, select
+from tornado_sa import AsyncDatabase
+
+db = AsyncDatabase(sys.argv[1], engine_options={"pool_size": 2, "max_overflow": 0})
+
+async def hold():
+    async with db.scope("held") as session:
+        await session.execute(select(1))
+        held.append(session)
+        await asyncio.sleep(60)
+
+async def meet():
+    tasks.extend(asyncio.create_task(hold()) for _ in range(3))
+    while len(held) < 2 or db.status().waiting != 1:
+        await asyncio.sleep(0.01)
+
+async def ask(number):
+    async with db.scope() as session:
+        return await session.scalar(select(literal(number)))
+
+async def go_on():
+    print(await asyncio.gather(*map(ask, range(5))))
+    for scope in db.status().open_scopes:
+        await asyncio.gather(*scope.end())
+    print(await asyncio.gather(*map(ask, range(5))))
+    status = db.status()
+    print(status.checked_out, status.waiting, status.open_scopes)
+    await db.dispose()
+
+tasks, held = [], []
+loop = asyncio.new_event_loop()
+loop.run_until_complete(meet())
+loop.close()
+asyncio.run(go_on())
+sys.stdout.flush()
+os._exit(0)  # without Python's complaints about what was left in the middle
+"""
+
+
+@only("aiosqlite", "asyncpg", "psycopg_async", "aiomysql")
+def test_loop_that_is_closed_under_open_sessions(flavour: Flavour) -> None:
+    """What it held is given up: the next loop has all connections of the pool."""
+    url = flavour.sync_engine.url.render_as_string(hide_password=False)
+    command = [sys.executable, "-c", LEFT_BEHIND, url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.stdout == f"{[0, 1, 2, 3, 4]}\n" * 2 + "0 0 []\n", done.stderr
+    assert done.returncode == 0
 
 
 @only(*ANY_ASYNC)

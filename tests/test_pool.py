@@ -54,6 +54,8 @@ MACHINE = settings(
     suppress_health_check=list(HealthCheck),
 )
 
+POOL_FILES = tuple(f"tornado_sa/{name}.py" for name in ("fair_pool", "pool", "turns"))
+
 
 class Server:
     """What the fake connections below are connected to. Counts them; may fail, may be slow."""
@@ -541,7 +543,7 @@ def test_garbage_collector_returns_a_connection_in_the_middle(kind: Any) -> None
 
         def trace(frame: FrameType, event: str, _argument: object) -> Any:
             nonlocal count
-            if not frame.f_code.co_filename.endswith(("tornado_sa/pool.py", "tornado_sa/turns.py")):
+            if not frame.f_code.co_filename.endswith(POOL_FILES):
                 return None
             if event == "line" and others:
                 count += 1
@@ -583,21 +585,19 @@ def test_garbage_collector_returns_a_connection_in_the_middle(kind: Any) -> None
 
 def test_waiter_of_a_closed_loop_is_passed_over() -> None:
     pool = AsyncFairPool(Server().connect, pool_size=1, max_overflow=0)
-    fairy = pool.connect()
     loops = asyncio.new_event_loop(), asyncio.new_event_loop()
-    tasks = []
-    for loop in loops:
-        tasks.append(loop.create_task(greenlet_spawn(pool.connect)))
-        loop.run_until_complete(asyncio.sleep(0))
-        if loop is loops[0]:
-            loop.close()
-    assert pool.waiting() == 2
+    fairy = loops[0].run_until_complete(greenlet_spawn(pool.connect))
+    lost: Any = loops[0].create_task(greenlet_spawn(pool.connect))
+    loops[0].run_until_complete(asyncio.sleep(0))
+    assert pool.waiting() == 1
+    loops[0].close()
     fairy.close()
-    mine = loops[1].run_until_complete(tasks[1])
+    assert (pool.waiting(), pool.checkedout(), pool.checkedin()) == (0, 0, 1)
+    mine = loops[1].run_until_complete(greenlet_spawn(pool.connect))
+    assert (pool.checkedout(), pool.checkedin()) == (1, 0)
+    loops[1].run_until_complete(greenlet_spawn(mine.close))
     loops[1].close()
-    mine.close()
-    assert (pool.waiting(), pool.checkedout()) == (0, 0)
-    lost: Any = tasks[0]
+    assert (pool.checkedout(), pool.checkedin()) == (0, 1)
     lost._log_destroy_pending = False  # that it never ends is the point here
 
 

@@ -471,6 +471,33 @@ async def test_dispose_waits_for_on_close(flavour: Flavour, connect: Connect) ->
 
 
 @pytest.mark.gen_test
+async def test_dispose_waits_for_a_message_that_is_being_handled(
+    flavour: Flavour, connect: Connect
+) -> None:
+    """But not for its socket, which stays open."""
+    if not flavour.is_async:
+        pytest.skip("Database.dispose() is no coroutine")
+    begun = asyncio.Event()
+
+    class Handler(socket_class(flavour)):
+        async def on_message(self, message: Any) -> None:
+            self.session.add(Note(text=message))
+            await settle(self.session.flush())
+            begun.set()
+            await asyncio.sleep(0.05)
+            await settle(self.session.commit())
+            self.write_message("stored")
+
+    client = await connect(Handler)
+    client.write_message("whole")
+    await begun.wait()
+    await flavour.db.dispose()
+    assert flavour.texts() == ["whole"]
+    assert await client.read_message() == "stored"
+    client.close()
+
+
+@pytest.mark.gen_test
 async def test_messages_keep_their_order(flavour: Flavour, connect: Connect) -> None:
     """Tornado waits for one message before the next; so do we, its session included."""
     order: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from asyncio import Task
+from asyncio import Future, Task
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from inspect import isawaitable
@@ -147,6 +147,10 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         if not plain.in_transaction():  # then closing takes no I/O, so no task
             plain.close()
             return None
+        # In the middle of a query whose loop was closed under it, it never gets to its end. Its
+        # connection, and all else, is for the garbage collector.
+        if any(task.get_loop().is_closed() for task in plain.users.values()):
+            return None
         # At the end of a bridged verb a task would cost more. Not within one: finish() must not let
         # go of the loop, or Tornado reads on where the verb is about to detach() the stream.
         if is_bridged() and not (scope.entered or plain.users or plain.committing):
@@ -225,7 +229,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         """
         deadline = time.monotonic() + timeout
         # Again and again: a hook that ends leaves a session to close.
-        while others := {task for task in self._tasks if _may_end(task)}:
+        while others := {one for one in (*self._tasks, *self._in_progress) if _may_end(one)}:
             if not (await asyncio.wait(others, timeout=deadline - time.monotonic()))[0]:
                 break
         self._abandon()
@@ -251,9 +255,9 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         return await cross(in_doubt.recover, self._engines, self._decisions)
 
 
-def _may_end(task: Task[Any]) -> bool:
+def _may_end(one: Future[Any]) -> bool:
     """False for the task that asks, and for one that a loop has left behind when it was closed."""
-    return task is not asyncio.current_task() and task.get_loop() is asyncio.get_running_loop()
+    return one is not asyncio.current_task() and one.get_loop() is asyncio.get_running_loop()
 
 
 def _make_call(call: LaterCall) -> None:

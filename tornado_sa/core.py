@@ -6,8 +6,9 @@ import asyncio
 import os
 import time
 import weakref
-from asyncio import Task
-from collections.abc import Callable, Coroutine
+from asyncio import Future, Task
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar
@@ -82,6 +83,7 @@ class DatabaseCore(Generic[SessionT]):
         self._disposed_at = float("-inf")  # seconds of time.monotonic
         self._of_the_parent: list[Any] = []
         self._tasks: set[Task[Any]] = set()
+        self._in_progress: set[Future[None]] = set()
         #: Set by `tornado_sa.testing.isolated`, and by nobody else.
         self._isolation: Isolation | None = None
         for each in self._sync_engines():
@@ -216,6 +218,17 @@ class DatabaseCore(Generic[SessionT]):
         task.add_done_callback(self._tasks.discard)
         return task
 
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Let `dispose` wait for what is done in here, by a task that may go on for long after."""
+        done = asyncio.get_running_loop().create_future()
+        self._in_progress.add(done)
+        try:
+            yield
+        finally:
+            self._in_progress.discard(done)
+            done.cancel()  # the quietest way to be done
+
     def _way_to_end(self, scope: Scope) -> Callable[[Session], None]:
         """How to end a session of ``scope``: by closing it, or with its connection.
 
@@ -278,6 +291,7 @@ class DatabaseCore(Generic[SessionT]):
                 scope.drop(self)
         self._open_scopes = set()
         self._tasks = set()
+        self._in_progress = set()
 
 
 def _plain(session: Session | AsyncSession) -> Session:

@@ -14,8 +14,9 @@ from sqlalchemy import URL, Dialect, Engine, create_engine, exc, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from tornado_sa.errors import ConfigurationError
+from tornado_sa.fair_pool import FairPoolCore
 from tornado_sa.memory import SharedPool
-from tornado_sa.pool import AsyncFairPool, FairPool, FairPoolCore
+from tornado_sa.pool import AsyncFairPool, FairPool
 from tornado_sa.responses import mark_unreachable
 
 # What to suggest for each backend: a sync and an async driver name.

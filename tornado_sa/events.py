@@ -12,6 +12,7 @@ import asyncio
 import sys
 import weakref
 from collections.abc import Awaitable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, cast
@@ -59,7 +60,7 @@ class Event(Scope):
         """
         await step_aside()
         try:
-            with self:
+            with self, self._known_to_dispose():
                 return await work
         except GeneratorExit:  # a coroutine that is thrown away must not wait
             self.end()
@@ -67,6 +68,11 @@ class Event(Scope):
         finally:
             for closing in self.end():
                 await asyncio.shield(closing)
+
+    def _known_to_dispose(self) -> AbstractContextManager[None]:
+        handler = self.handler()
+        database = None if handler is None else handler._database()
+        return database._at_work() if isinstance(database, AsyncDatabase) else nullcontext()
 
     def end_with(self, _: asyncio.Future[Any]) -> None:
         """End, as the callback of a Future."""

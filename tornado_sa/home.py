@@ -17,21 +17,21 @@ class Home:
     """
 
     def __init__(self) -> None:
-        self._loop: AbstractEventLoop | None = None
+        #: The loop; None before the first.
+        self.loop: AbstractEventLoop | None = None
 
     def is_here(self) -> bool:
         """False in another event loop. Outside of any there is no I/O that could go wrong."""
         loop = running_loop()
-        return loop is self._loop or loop is None
+        return loop is self.loop or loop is None
 
     def move(self, is_empty: bool) -> None:
         """Make the loop that runs here the home. Raises `.TornadoSAError` if that cannot be."""
-        old, self._loop = self._loop, running_loop()
-        if old is not None and not old.is_closed() and not is_empty:
-            self._loop = old
+        if self.loop is not None and not self.loop.is_closed() and not is_empty:
             raise TornadoSAError(
                 "An AsyncDatabase was used in one event loop while it has connections in another,"
                 " which is not closed; they work in that one only. Make an AsyncDatabase for each"
                 " loop that runs at the same time; where one loop follows another, write `await"
                 " db.dispose()` at the end of the first."
             )
+        self.loop = running_loop()

@@ -209,13 +209,8 @@ class RequestScope(_Handler):
         self, database: AsyncDatabase, finish: Callable[..., Any], *args: Any
     ) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        task = self._sa_task or asyncio.current_task()
-        assert task is not None  # the bridge is crossed in tasks only
-        database._tasks.add(task)  # for dispose(), as the task of a closing is
-        try:
+        with database._at_work():
             finish(*args)
-        finally:
-            database._tasks.discard(task)
 
     async def _hook(self, hook: Coroutine[Any, Any, Any]) -> None:
         await step_aside()

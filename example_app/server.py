@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
+from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
 from tornado.httputil import (
     HTTPConnection,
@@ -38,6 +39,8 @@ class DrainingServer(HTTPServer):
     ) -> HTTPMessageDelegate:
         """Called when a connection begins to wait for a request: the one before is answered."""
         self._answered(server_conn)
+        if cast(HTTP1Connection, request_conn).stream.closed():
+            return HTTPMessageDelegate()  # sent on after the last answer: do nothing untold
         delegate = super().start_request(server_conn, request_conn)
         return _RequestNoted(delegate, lambda: self._asked(server_conn))
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 from tornado.ioloop import IOLoop, PeriodicCallback
 
 from tests.support import SYNC, Flavour, Note, only, settle, until, with_options
-from tornado_sa import NoActiveScope, ScopeClosed, current_scope, scope
+from tornado_sa import ConfigurationError, NoActiveScope, ScopeClosed, current_scope, scope
 
 
 def make_job(flavour: Flavour, work: Any, **label: Any) -> Any:
@@ -118,3 +120,49 @@ async def test_label_in_errors_and_in_the_log(flavour: Flavour, expected_log: li
     expected_log.append("nightly report held a connection for 0.1 s")
     with pytest.raises(ScopeClosed, match="'nightly report' is over"):
         kept[0].check()
+
+
+@pytest.mark.gen_test
+async def test_callables_of_every_kind(flavour: Flavour) -> None:
+    """Partials and objects, as PeriodicCallback is often given them, with a label that says so."""
+    labels: list[str] = []
+
+    class Job:
+        async def __call__(self) -> None:
+            labels.append(current_scope().label)
+
+    async def work(number: int) -> None:
+        labels.append(f"{current_scope().label} {number}")
+
+    for job in (Job(), partial(work, 7)):
+        await flavour.db.scope()(job)()
+    assert labels == [
+        "tests.test_jobs.test_callables_of_every_kind.<locals>.Job",
+        "tests.test_jobs.test_callables_of_every_kind.<locals>.work 7",
+    ]
+
+
+@only("sqlite", "aiosqlite")
+def test_what_cannot_be_decorated(flavour: Flavour) -> None:
+    def generate(number: int) -> Any:
+        yield number
+
+    async def work(*_: Any) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="generate is a generator"):
+        flavour.db.scope()(partial(generate, 1))
+    with pytest.raises(ConfigurationError, match="Write @classmethod first"):
+        flavour.db.scope()(classmethod(work))
+    with pytest.raises(ConfigurationError, match="with `async def`"):
+        flavour.db.scope()(lambda: work())()
+
+
+@pytest.mark.gen_test
+async def test_label_in_an_exit_stack(flavour: Flavour) -> None:
+    async with AsyncExitStack() as stack:
+        block = flavour.db.scope()
+        if flavour.is_async:
+            await stack.enter_async_context(block)
+        else:
+            stack.enter_context(block)
+        assert current_scope().label.startswith("tests.test_jobs:")

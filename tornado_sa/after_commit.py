@@ -14,6 +14,8 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
+from tornado_sa.functions import name_of
+
 _PENDING = "tornado_sa.after_commit.pending"
 _DUE = "tornado_sa.after_commit.due"
 
@@ -25,9 +27,8 @@ class LaterCall:
         self, session: Session, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> None:
         self._call = partial(function, *args, **kwargs)
-        name = getattr(function, "__qualname__", None)
         #: What the log calls it.
-        self.name: str = name or type(function).__qualname__
+        self.name: str = name_of(function)
         # The savepoint it was asked for in, which takes it back when it is rolled back itself.
         self._savepoint = session.get_nested_transaction()
 

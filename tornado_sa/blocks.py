@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from tornado import gen
 
 from tornado_sa.bridge import complete, is_bridged, step_aside
 from tornado_sa.errors import ConfigurationError, TornadoSAError
+from tornado_sa.functions import (
+    is_coroutine_function,
+    is_generator_function,
+    module_of,
+    name_of,
+)
 from tornado_sa.scope import ReadOnly, Scope, enter, leave
 
 if TYPE_CHECKING:
@@ -76,8 +81,7 @@ class _Block(Generic[SessionT]):
 
     def _for_call(self, function: Callable[..., Any]) -> Self:
         """Make a fresh block for one call of the decorated ``function``."""
-        name = getattr(function, "__qualname__", type(function).__qualname__)
-        label = self._label or f"{function.__module__}.{name}"
+        label = self._label or f"{module_of(function)}.{name_of(function)}"
         reads = self._read_only is not None
         return type(self)(self._database, label, commit=self._commits, read_only=reads)
 
@@ -103,7 +107,7 @@ class Block(_Block[Session]):
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate ``function``: each call is a unit of work, until its coroutine is done."""
-        _refuse_generators(function)
+        _refuse(function)
         if is_coroutine_function(function):
 
             @functools.wraps(function)
@@ -116,7 +120,7 @@ class Block(_Block[Session]):
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             with self._for_call(function):
-                return function(*args, **kwargs)
+                return _without_coroutine(function, function(*args, **kwargs))
 
         return call
 
@@ -179,10 +183,10 @@ class AsyncBlock(_Block[AsyncSession]):
 
     def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         """Decorate a coroutine function: each call is a unit of work."""
-        _refuse_generators(function)
+        _refuse(function)
         if not is_coroutine_function(function):
             raise ConfigurationError(
-                f"{function.__qualname__} is a plain function, and the session of an AsyncDatabase"
+                f"{name_of(function)} is a plain function, and the session of an AsyncDatabase"
                 " has to be awaited. Write it with `async def`."
             )
 
@@ -197,18 +201,32 @@ class AsyncBlock(_Block[AsyncSession]):
 def _caller() -> str:
     """Where the ``with`` statement stands: its module and line."""
     frame = sys._getframe(1)
-    while frame.f_globals.get("__name__") == __name__ and frame.f_back is not None:
+    between = {__name__, "contextlib"}  # an ExitStack
+    while frame.f_globals.get("__name__") in between and frame.f_back is not None:
         frame = frame.f_back
     return f"{frame.f_globals.get('__name__', '?')}:{frame.f_lineno}"
 
 
-def is_coroutine_function(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or gen.is_coroutine_function(function)
-
-
-def _refuse_generators(function: Callable[..., Any]) -> None:
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+def _refuse(function: Callable[..., Any]) -> None:
+    if isinstance(function, classmethod | staticmethod):
+        kind = type(function).__name__
         raise ConfigurationError(
-            f"{function.__qualname__} is a generator: its scope would end before its first line"
+            f"{name_of(function.__func__)} is a {kind} when it is decorated. Write @{kind} first,"
+            " and `@db.scope()` or `@db.begin()` below it."
+        )
+    if is_generator_function(function):
+        raise ConfigurationError(
+            f"{name_of(function)} is a generator: its scope would end before its first line"
             " runs. Open the scope inside it, with `with db.scope() as session:`."
         )
+
+
+def _without_coroutine(function: Callable[..., Any], result: R) -> R:
+    """``result`` of a plain function, unless it is a coroutine, which would run too late."""
+    if inspect.iscoroutine(result):
+        result.close()  # or Python would warn that it was never awaited
+        raise ConfigurationError(
+            f"{name_of(function)} is a plain function and returned a coroutine, which would run"
+            " when its unit of work is over. Write it with `async def`, and await that in there."
+        )
+    return result

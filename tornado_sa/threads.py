@@ -11,9 +11,9 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from tornado_sa import workers
-from tornado_sa.blocks import is_coroutine_function
 from tornado_sa.core import DatabaseCore
 from tornado_sa.errors import ConfigurationError
+from tornado_sa.functions import is_coroutine_function, name_of
 from tornado_sa.memory import SharedPool
 from tornado_sa.scope import current_scope
 
@@ -97,7 +97,7 @@ class ThreadedDatabase(DatabaseCore[Session]):
 
 
 def _must_be_awaited(fn: Callable[..., Any]) -> ConfigurationError:
-    name = workers.name_of(fn)
+    name = name_of(fn)
     return ConfigurationError(
         f"{name} is a coroutine function, and db.to_thread() is for plain functions, which block."
         f" Write `await {name}(...)`, without db.to_thread()."

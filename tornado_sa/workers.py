@@ -21,6 +21,7 @@ from typing import Any
 
 from tornado_sa.ending import log_failed_closing, logger
 from tornado_sa.errors import ConcurrentAccess
+from tornado_sa.functions import name_of
 from tornado_sa.responses import summary
 from tornado_sa.scope import Scope
 
@@ -199,12 +200,6 @@ def leave_ending(scope: Scope, end: Callable[[], None]) -> bool:
             line.endings.append(end)
             return True
     return False
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """What errors and logs call ``function``. Without its arguments: they may be confidential."""
-    name: str = getattr(function, "__qualname__", type(function).__qualname__)
-    return name
 
 
 def _after_fork() -> None:

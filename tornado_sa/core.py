@@ -10,7 +10,6 @@ from asyncio import Future, Task
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from sqlalchemy import Engine, event
@@ -29,33 +28,13 @@ from tornado_sa.holds import warn_of_long_holds
 from tornado_sa.memory import SharedPool
 from tornado_sa.responses import mark_unreachable, summary
 from tornado_sa.scope import Scope, current_scope
+from tornado_sa.status import Status, status_of
 
 if TYPE_CHECKING:
     from tornado_sa.testing.isolation import Isolation
 
 P = ParamSpec("P")
 SessionT = TypeVar("SessionT", bound=Session | AsyncSession)
-
-
-@dataclass(frozen=True)
-class Status:
-    """What a database is doing at this moment, in this process.
-
-    With ``binds``, figures are the sums over all engines. Those that the pool
-    in use cannot give are None.
-    """
-
-    pool_size: int | None
-    """Connections the pool keeps."""
-    checked_out: int | None
-    """Connections in use."""
-    overflow: int | None
-    """Connections in existence beyond ``pool_size``."""
-    waiting: int | None
-    """Units of work that wait for a connection."""
-    open_scopes: list[Scope]
-    """The scopes that have a session of this database, oldest first. Each has a ``label`` and
-    an ``age`` in seconds."""
 
 
 class DatabaseCore(Generic[SessionT]):
@@ -248,23 +227,7 @@ class DatabaseCore(Generic[SessionT]):
         The figures are sums over ``engine`` and ``binds``. The reader has a pool
         of its own, ``reader.pool``; its scopes are among the open ones.
         """
-
-        def figure(name: str) -> int | None:
-            known: list[int] = []
-            for engine in self._engines:
-                found = getattr(engine.pool, name, None)  # a method in most pools, a number in one
-                number: int | None = found() if callable(found) else found
-                if number is not None:
-                    known.append(max(0, number))
-            return sum(known) if known else None
-
-        return Status(
-            pool_size=figure("size"),
-            checked_out=figure("checkedout"),
-            overflow=figure("overflow"),
-            waiting=figure("waiting"),
-            open_scopes=sorted(list(self._open_scopes), key=lambda scope: scope.opened_at),
-        )
+        return status_of(self._engines, self._open_scopes)
 
     def _abandon(self) -> None:
         """Name the units of work that are still open as the engine goes away, in one log line."""

@@ -768,7 +768,7 @@ async def test_ping_status_and_dispose_inside(flavour: Flavour, expected_log: li
 @pytest.mark.gen_test
 async def test_a_database_in_memory(kind: Any) -> None:
     db = kind("sqlite://" if kind is Database else "sqlite+aiosqlite://")
-    flavour = Flavour("", db, None)  # type: ignore[arg-type]
+    flavour = Flavour("", db, None)  # type: ignore[arg-type]  # nobody looks at rows
     await flavour.in_scope(
         lambda session: session.execute(text("CREATE TABLE note (id INTEGER PRIMARY KEY, text)")),
         commit=True,
@@ -812,7 +812,7 @@ async def test_several_databases(kind: Any, tmp_path: Path) -> None:
 
     driver = "sqlite" if kind is Database else "sqlite+aiosqlite"
     db = kind(f"{driver}:///{tmp_path}/one.db", binds={Elsewhere: f"{driver}:///{tmp_path}/two.db"})
-    flavour = Flavour("", db, None)  # type: ignore[arg-type]
+    flavour = Flavour("", db, None)  # type: ignore[arg-type]  # nobody looks at rows
     for base, name in ((Base, "one"), (Elsewhere, "two")):
         engine = create_engine(f"sqlite:///{tmp_path}/{name}.db")
         base.metadata.create_all(engine)

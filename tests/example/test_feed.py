@@ -158,7 +158,7 @@ async def test_a_client_that_does_not_read_is_sent_away(
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
     await reader.readuntil(b"\r\n\r\n")
-    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.transport.pause_reading()  # type: ignore[attr-defined]  # it is a socket
     await settled(app)
     listeners = app.settings["feed"]._listeners
     assert len(listeners) == 1

@@ -209,8 +209,13 @@ class RequestScope(_Handler):
         self, database: AsyncDatabase, finish: Callable[..., Any], *args: Any
     ) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        with database._at_work():
+        task = self._sa_task or asyncio.current_task()
+        assert task is not None  # the bridge is crossed in tasks only
+        database._tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
+        try:
             finish(*args)
+        finally:
+            database._tasks.discard(task)
 
     async def _hook(self, hook: Coroutine[Any, Any, Any]) -> None:
         await step_aside()

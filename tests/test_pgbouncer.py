@@ -11,7 +11,7 @@ from sqlalchemy import select, text
 from tornado.web import Application
 
 from tests.pgbouncer import PgBouncer
-from tests.support import DRIVERS, POSTGRESQL, Flavour, Note, make_database, only, settle
+from tests.support import DRIVERS, POSTGRESQL, Flavour, Note, make_database, only, settle, until
 from tornado_sa import ConfigurationError, ReadOnlyViolation, read_only, transactional
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,7 +39,8 @@ def pooled(flavour: Flavour, pgbouncer: PgBouncer, reader: str) -> Any:
 def db(flavour: Flavour, pgbouncer: PgBouncer, io_loop: Any) -> Iterator[Any]:
     db = pooled(flavour, pgbouncer, "reader")
     yield db
-    assert db.engine.pool.checkedout() == db.reader.pool.checkedout() == 0
+    pools = db.engine.pool, db.reader.pool
+    io_loop.run_sync(lambda: until(lambda: not any(pool.checkedout() for pool in pools)))
     io_loop.run_sync(lambda: settle(db.dispose()))
 
 

@@ -114,10 +114,15 @@ async def test_memory_stays_flat(flavour: Flavour) -> None:
 
     tracemalloc.start()
     await batch()
-    before = await batch()
-    growth = await batch() - before
+    before, growth = await batch(), []
+    # What leaks grows with each batch; a connection more than before, or one whose thread is about
+    # to end, does not. Bytes; one forgotten scope in each request would be 300,000.
+    while len(growth) < 4 and min(growth, default=100_000) >= 100_000:
+        after = await batch()
+        growth.append(after - before)
+        before = after
     tracemalloc.stop()
-    assert growth < 100_000  # bytes; one forgotten scope in each request would be 300,000
+    assert min(growth) < 100_000, growth
 
 
 def test_idle_request_costs_next_to_nothing(io_loop: Any) -> None:

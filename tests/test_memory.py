@@ -114,7 +114,8 @@ async def test_memory_stays_flat(flavour: Flavour) -> None:
 
     tracemalloc.start()
     await batch()
-    before, growth = await batch(), []
+    before = await batch()
+    growth: list[int] = []
     # What leaks grows with each batch; a connection more than before, or one whose thread is about
     # to end, does not. Bytes; one forgotten scope in each request would be 300,000.
     while len(growth) < 4 and min(growth, default=100_000) >= 100_000:

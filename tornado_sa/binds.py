@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tornado_sa.decisions import Decisions
 from tornado_sa.engine import plain
 from tornado_sa.errors import ConfigurationError
-from tornado_sa.reader import make_reader
+from tornado_sa.reader import Reader, make_reader
 
 T = TypeVar("T")
 EngineT = TypeVar("EngineT", bound=Engine | AsyncEngine)
@@ -43,15 +43,19 @@ class Engines(Generic[EngineT]):
             ready = isinstance(target, Engine | AsyncEngine)
             return make(target, None if ready else engine_options, ping_after)
 
-        self.first = make(url, engine_options, ping_after)
-        self.binds = bound_engines((url, self.first), binds, session_options, make_other)
+        self.first: EngineT = make(url, engine_options, ping_after)
+        self.binds: dict[Any, EngineT] = bound_engines(
+            (url, self.first), binds, session_options, make_other
+        )
         #: Without their async facades.
         self.plain: list[Engine] = distinct([plain(self.first), *map(plain, self.binds.values())])
         #: Where two-phase commits of them are decided.
-        self.decisions = Decisions(self.plain[0])
+        self.decisions: Decisions = Decisions(self.plain[0])
         given = dict(session_options or {})
         choosing = {**given, **({"binds": binds} if binds else {})}
-        self.reader = make_reader(make, url, reader_url, engine_options, choosing, ping_after)
+        self.reader: Reader[EngineT] = make_reader(
+            make, url, reader_url, engine_options, choosing, ping_after
+        )
         #: The options for the factory of the sessions.
         self.session_options: dict[str, Any] = {"bind": self.first, **SESSION_DEFAULTS, **given}
         if self.binds:

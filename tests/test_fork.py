@@ -24,7 +24,17 @@ def test_each_process_has_its_own_connections(flavour: Flavour, how: str) -> Non
     url = flavour.sync_engine.url.render_as_string(hide_password=False)
     program = subprocess.Popen(
         # Without -W error: asyncpg would stop at its warning, before it closes what is collected.
-        [sys.executable, "-m", "tests.forking", how, flavour.name, url],
+        # Python 3.12 warns of the thread that an aiosqlite connection has.
+        [
+            sys.executable,
+            "-W",
+            "ignore:This process:DeprecationWarning",
+            "-m",
+            "tests.forking",
+            how,
+            flavour.name,
+            url,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -61,6 +61,43 @@ def test_one_loop_after_another(flavour: Flavour, no_warning_of_sockets: None) -
     asyncio.run(flavour.db.dispose())
 
 
+@only("asyncpg")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_who_was_connecting_when_its_loop_was_closed(
+    flavour: Flavour, no_warning_of_sockets: None
+) -> None:
+    """It gives nothing back to the pool, which has moved on to the next loop."""
+    asyncpg = pytest.importorskip("asyncpg")
+
+    connects: list[bool] = []
+
+    async def connect() -> Any:
+        connects.append(True)
+        if len(connects) == 1:
+            await asyncio.Event().wait()
+        url = flavour.db.engine.url.set(drivername="postgresql")
+        return await asyncpg.connect(url.render_as_string(hide_password=False))
+
+    db = AsyncDatabase(flavour.db.engine.url, engine_options={"async_creator": connect})
+    loop = asyncio.new_event_loop()
+    connecting = db.engine.connect().start()
+    task = loop.create_task(connecting)
+    loop.run_until_complete(asyncio.sleep(0.05))
+    loop.close()
+
+    async def in_the_next_loop() -> None:
+        assert connects == [True]
+        assert not task.done()
+        await use(db)
+        connecting.close()  # as the garbage collector does it
+        pool: Any = db.engine.pool
+        assert pool.checkedout() == 0
+        await db.dispose()
+
+    asyncio.run(in_the_next_loop())
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
 LEFT_BEHIND = """
 import asyncio, os, sys
 from sqlalchemy import literal, select

@@ -94,7 +94,14 @@ class AsyncFairPool(FairPoolCore):
                 cast("Dialect", self._dialect).do_close(record.dbapi_connection)
 
     def _take_turn(self) -> Turn:
-        return TaskTurn()
+        return TaskTurn(self._home.loop)
+
+    def _leave(self, turn: Turn) -> None:
+        assert isinstance(turn, TaskTurn)
+        if turn.home is self._home.loop:
+            super()._leave(turn)
+        elif turn.grant is not None:  # a task of a closed loop is collected: see `_move`
+            self._drop(turn.grant[0])
 
     def _wait(self, turn: Turn) -> None:
         assert isinstance(turn, TaskTurn)

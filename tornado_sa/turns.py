@@ -54,10 +54,12 @@ class ThreadTurn(Turn):
 class TaskTurn(Turn):
     """The turn of a task. The future only wakes it up; what it was given stands in the turn."""
 
-    __slots__ = ("future",)
+    __slots__ = ("future", "home")
 
-    def __init__(self) -> None:
+    def __init__(self, home: AbstractEventLoop | None) -> None:
         super().__init__()
+        #: The event loop that was the pool's when it was taken.
+        self.home: AbstractEventLoop | None = home
         self.future: Future[None] | None = None
 
     def waits(self) -> bool:

@@ -84,9 +84,10 @@ class _Carrier(greenlet):
         self.journeys += 1
         root = self.parent
         assert root is not None
-        while root.parent is not None:
-            root = root.parent
-        self.parent = root  # else two that were nested either way round would make a ring
+        if root.parent is not None:
+            while root.parent is not None:
+                root = root.parent
+            self.parent = root  # else two that were nested either way round would make a ring
         return result, failure
 
 
@@ -116,6 +117,7 @@ async def cross(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
         else:
             waited = carrier.switch(value)
             value = None
+    result: T
     result, error = carrier.unload()
     if len(carriers) < _KEPT:
         carriers.append(carrier)
@@ -126,7 +128,7 @@ async def cross(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
             raise error
         finally:
             error = None  # holds this frame by its traceback
-    return cast(T, result)
+    return result
 
 
 def complete(awaitable: Awaitable[T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from asyncio import Future
+from asyncio import Future, current_task
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from inspect import isawaitable
 from types import TracebackType
@@ -131,7 +131,7 @@ class RequestScope(_Handler):
         if self._sa_unit is not None:
             return self._sa_unit.finish(chunk)
         scope = self._sa_scope
-        if scope is not None and scope.has_sessions and not self._finished:
+        if scope is not None and scope.sessions and not self._finished:
             self._look_for_uncommitted(scope)
         return super().finish(chunk)
 
@@ -144,7 +144,7 @@ class RequestScope(_Handler):
     def _finish_held(self) -> None:
         """Finish what a transactional verb has finished before its COMMIT."""
         if self._sa_bridge and is_bridged():
-            self._finish_bridged(self._sa_bridge, super().finish)
+            self._finish_bridged(super().finish)
         else:
             super().finish()
 
@@ -179,7 +179,7 @@ class RequestScope(_Handler):
         scope = self._sa_scope or self._open_scope()
         current.set(scope)
         if self._sa_task is None and not scope.closed:
-            task = self._sa_task = asyncio.current_task()
+            task = self._sa_task = current_task()
             if task is not None:
                 task.add_done_callback(self._task_ended)
         return self._wait_for(scope)
@@ -205,12 +205,13 @@ class RequestScope(_Handler):
         self._sa_hooks += 1
         database._track(self._hook(hook), f"hook of {self._open_scope().label}")
 
-    def _finish_bridged(
-        self, database: AsyncDatabase, finish: Callable[..., Any], *args: Any
-    ) -> None:
+    def _finish_bridged(self, finish: Callable[..., Any], *args: Any) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        task = self._sa_task or asyncio.current_task()
-        assert task is not None  # the bridge is crossed in tasks only
+        if self._sa_scope is None or not self._sa_scope.sessions:
+            finish(*args)
+            return
+        database, task = self._sa_bridge, self._sa_task or current_task()
+        assert database is not None and task is not None  # the bridge is crossed in tasks only
         database._tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
         try:
             finish(*args)

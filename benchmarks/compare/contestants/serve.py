@@ -1,0 +1,30 @@
+"""How contestants on Tornado and on ASGI are served: one process, no log of requests."""
+
+import asyncio
+
+from options import given
+from tornado.web import Application
+
+
+def new_loop():
+    if given.loop == "uvloop":
+        import uvloop
+
+        return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
+
+
+def tornado(handlers, **settings):
+    async def main():
+        app = Application(handlers, log_function=lambda handler: None, **settings)
+        app.listen(given.port, "127.0.0.1")
+        await asyncio.Event().wait()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+
+
+def asgi(app):
+    import uvicorn
+
+    uvicorn.run(app, port=given.port, loop=given.loop, http="httptools", access_log=False)

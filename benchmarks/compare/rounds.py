@@ -1,0 +1,103 @@
+"""The contestants, what they are asked, and the rounds in which it happens."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+from claims import check
+from figures import Figures
+from growth import growth
+from measure import LOAD_CORE, Contestant, Load, serving
+from report import tables, write
+from shares import shares, show
+
+sys.path.insert(0, str(Path(__file__).parent / "contestants"))
+import world
+
+REFERENCE = "by hand, AsyncSession"
+_NO_HOLD = ("/plain", "/db", "/queries", "/update", "/slow")
+_READS = ("/db", "/queries")
+
+CONTESTANTS = [
+    Contestant("bare Tornado", "tornado_bare.py", paths=("/plain",)),
+    Contestant("asyncpg, no ORM (the limit)", "tornado_asyncpg.py"),
+    Contestant(REFERENCE, "tornado_by_hand.py"),
+    Contestant("tornado_sa, bridge", "tornado_sa_plain.py"),
+    Contestant("tornado_sa, bridge, read-only", "tornado_sa_plain.py", ("--read-only",), _READS),
+    Contestant("tornado_sa, AsyncSession", "tornado_sa_async.py"),
+    Contestant("tornado_sa, AsyncSession, r.-o.", "tornado_sa_async.py", ("--read-only",), _READS),
+    Contestant("tornado_sa, Session", "tornado_sa_plain.py", ("--sync",)),
+    Contestant(
+        "tornado_sa, Session, read-only", "tornado_sa_plain.py", ("--sync", "--read-only"), _READS
+    ),
+    Contestant("by hand, Session", "tornado_by_hand_sync.py", paths=_NO_HOLD),
+    Contestant("tornado-sqlalchemy", "tornado_sqlalchemy_mixin.py", paths=_NO_HOLD),
+    Contestant("Starlette, by hand", "starlette_by_hand.py"),
+    Contestant("FastAPI, Depends", "fastapi_depends.py"),
+    Contestant("Litestar, advanced-alchemy", "litestar_advanced_alchemy.py"),
+    Contestant("Flask-SQLAlchemy, gunicorn", "flask_sqlalchemy_gunicorn.py", loops=("asyncio",)),
+]
+
+LOADS = [
+    Load("/plain", 32),
+    Load("/db", 32),
+    Load("/queries?n=10", 32),
+    Load("/update", 32),
+    Load("/db", 64),
+    Load("/update", 64),
+    Load("/slow", 64, watched=True),
+    Load("/hold", 16, watched=True),
+]
+
+
+def run(options):
+    """Measure, print, and return the exit code."""
+    world.create(options.database)
+    try:
+        if options.profile:
+            return profile(options)
+        if options.growth:
+            return growth(options.database, options.growth)
+        return compare(options)
+    finally:
+        world.drop(options.database)
+
+
+def profile(options):
+    """Print whose code takes the time of /db."""
+    load = Load("/db", 32)
+    for contestant in CONTESTANTS:
+        if contestant.name in (options.only or ["tornado_sa, bridge, read-only"]):
+            with serving(contestant, "asyncio", options.database) as server:
+                server.measure(load, 1)
+                show(f"{load.path}, {contestant.name}", shares(server, load, 10))
+    return 0
+
+
+def compare(options):
+    os.sched_setaffinity(0, {LOAD_CORE})
+    loads = [one for one in LOADS if not options.load or one.name in options.load]
+    wanted = [
+        (contestant, loop)
+        for contestant in CONTESTANTS
+        if not options.only or contestant.name in {*options.only, REFERENCE}
+        for loop in contestant.loops
+        if not options.loop or loop in options.loop
+    ]
+    figures = Figures(REFERENCE, [one.name for one in CONTESTANTS], loads)
+    for number in range(options.rounds):
+        for contestant, loop in random.sample(wanted, len(wanted)):
+            print(f"round {number + 1}: {contestant.name}, {loop}", file=sys.stderr, flush=True)
+            with serving(contestant, loop, options.database) as server:
+                asked = [one for one in loads if one.answered_by(contestant)]
+                for load in asked:
+                    server.measure(load, 1)  # for connections and caches
+                for load in asked:
+                    result = server.measure(load, options.seconds)
+                    figures.add(number, contestant.name, loop, load.name, result)
+                figures.add_memory(contestant.name, loop, server.memory())
+    print(tables(figures))
+    if options.write:
+        write(figures)
+    return check(figures)

@@ -207,9 +207,6 @@ class RequestScope(_Handler):
 
     def _finish_bridged(self, finish: Callable[..., Any], *args: Any) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        if self._sa_scope is None or not self._sa_scope.sessions:
-            finish(*args)
-            return
         database, task = self._sa_bridge, self._sa_task or current_task()
         assert database is not None and task is not None  # the bridge is crossed in tasks only
         database._tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after

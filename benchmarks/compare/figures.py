@@ -16,17 +16,16 @@ class Spread:
 
 
 class Figures:
-    """The results of all rounds, by contestant, event loop and load."""
+    """The results of all rounds, by contestant, event loop and load; each with the reference's."""
 
-    def __init__(self, reference, names, loads):
-        self.reference = reference
+    def __init__(self, names, loads):
         self.names = names
         self.loads = loads
-        self._results = defaultdict(dict)  # of each: {round: Result}
+        self._results = defaultdict(list)
         self._memory = defaultdict(list)
 
-    def add(self, round_, name, loop, load, result):
-        self._results[name, loop, load][round_] = result
+    def add(self, name, loop, load, result, of_the_reference):
+        self._results[name, loop, load].append((result, of_the_reference))
 
     def add_memory(self, name, loop, mebibytes):
         self._memory[name, loop].append(mebibytes)
@@ -37,26 +36,30 @@ class Figures:
     def loops(self):
         return sorted({loop for _, loop, _ in self._results})
 
-    def median(self, name, loop, load, figure):
-        results = self._results[name, loop, load].values()
-        return median(getattr(result, figure) for result in results)
+    def all(self, name, loop, load, figure):
+        return [getattr(one, figure) for one, _ in self._results.get((name, loop, load), ())]
 
-    def worst(self, name, loop, load, figure):
-        return max(getattr(one, figure) for one in self._results[name, loop, load].values())
+    def median(self, name, loop, load, figure):
+        return median(self.all(name, loop, load, figure))
 
     def memory(self, name, loop):
         return median(self._memory[name, loop])
 
     def ratio(self, name, loop, load, figure="rate", to=None):
-        """To the reference, or to the contestant ``to``, of the same round, loop and load."""
-        others = self._results[to or self.reference, loop, load]
-        ratios = [
-            getattr(result, figure) / getattr(others[round_], figure)
-            for round_, result in self._results[name, loop, load].items()
-        ]
+        """To the reference beside it; or to what the contestant ``to`` was in the same round."""
+        ratios = self._ratios(name, loop, load, figure)
+        if to is not None:
+            others = self._ratios(to, loop, load, figure)
+            ratios = [one / other for one, other in zip(ratios, others, strict=True)]
         return Spread(median(ratios), min(ratios), max(ratios))
+
+    def _ratios(self, name, loop, load, figure):
+        return [
+            getattr(result, figure) / getattr(reference, figure)
+            for result, reference in self._results[name, loop, load]
+        ]
 
     def tail(self, name, loop, load):
         """By how much the 99th percentile is larger than the median."""
-        tails = [one.p99 / one.p50 for one in self._results[name, loop, load].values()]
+        tails = [result.p99 / result.p50 for result, _ in self._results[name, loop, load]]
         return Spread(median(tails), min(tails), max(tails))

@@ -58,7 +58,7 @@ def _tables(figures, loop):
         {
             name: lambda who, load=name: (
                 f"{figures.median(who, loop, load, 'rate'):.0f},"
-                f" {figures.worst(who, loop, load, 'failed')} failed,"
+                f" {max(figures.all(who, loop, load, 'failed'))} failed,"
                 f" {figures.median(who, loop, load, 'gap'):.0f}"
             )
             for name in watched
@@ -70,7 +70,7 @@ def _table(title, figures, loop, loads, columns):
     """A table of those who have at least one of ``loads``; empty cells where they have not."""
 
     def cells(who):
-        yield f"**{who}**" if who == figures.reference else who
+        yield who
         for title, cell in columns.items():
             measured = title not in loads or figures.has(who, loop, title)
             yield str(cell(who)) if measured else "\\-"
@@ -128,7 +128,6 @@ def _plot(figures):
     axes[0].set_yticks(range(len(names)), names)
     axes[-1].legend(loc="lower right", title="event loop")
     drawn.supxlabel(
-        f"requests per second, as a ratio to {figures.reference} on the same event loop, in the"
-        " same round; median, least and most"
+        "requests per second, as a ratio to the reference beside it; median, least and most"
     )
     drawn.savefig(PLOT, metadata={"Date": None})

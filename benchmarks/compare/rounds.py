@@ -15,21 +15,28 @@ from shares import shares, show
 sys.path.insert(0, str(Path(__file__).parent / "contestants"))
 import world
 
-REFERENCE = "by hand, AsyncSession"
+REFERENCE = Contestant("by hand, AsyncSession", "tornado_by_hand.py")
 _NO_HOLD = ("/plain", "/db", "/queries", "/update", "/slow")
 _READS = ("/db", "/queries")
 
 CONTESTANTS = [
     Contestant("bare Tornado", "tornado_bare.py", paths=("/plain",)),
     Contestant("asyncpg, no ORM (the limit)", "tornado_asyncpg.py"),
-    Contestant(REFERENCE, "tornado_by_hand.py"),
+    REFERENCE,
     Contestant("tornado_sa, bridge", "tornado_sa_plain.py"),
-    Contestant("tornado_sa, bridge, read-only", "tornado_sa_plain.py", ("--read-only",), _READS),
+    Contestant(
+        "tornado_sa, bridge, read-only", "tornado_sa_plain.py", ("--read-only",), paths=_READS
+    ),
     Contestant("tornado_sa, AsyncSession", "tornado_sa_async.py"),
-    Contestant("tornado_sa, AsyncSession, r.-o.", "tornado_sa_async.py", ("--read-only",), _READS),
+    Contestant(
+        "tornado_sa, AsyncSession, r.-o.", "tornado_sa_async.py", ("--read-only",), paths=_READS
+    ),
     Contestant("tornado_sa, Session", "tornado_sa_plain.py", ("--sync",)),
     Contestant(
-        "tornado_sa, Session, read-only", "tornado_sa_plain.py", ("--sync", "--read-only"), _READS
+        "tornado_sa, Session, read-only",
+        "tornado_sa_plain.py",
+        ("--sync", "--read-only"),
+        paths=_READS,
     ),
     Contestant("by hand, Session", "tornado_by_hand_sync.py", paths=_NO_HOLD),
     Contestant("tornado-sqlalchemy", "tornado_sqlalchemy_mixin.py", paths=_NO_HOLD),
@@ -78,26 +85,37 @@ def profile(options):
 def compare(options):
     os.sched_setaffinity(0, {LOAD_CORE})
     loads = [one for one in LOADS if not options.load or one.name in options.load]
-    wanted = [
-        (contestant, loop)
-        for contestant in CONTESTANTS
-        if not options.only or contestant.name in {*options.only, REFERENCE}
-        for loop in contestant.loops
-        if not options.loop or loop in options.loop
-    ]
-    figures = Figures(REFERENCE, [one.name for one in CONTESTANTS], loads)
-    for number in range(options.rounds):
-        for contestant, loop in random.sample(wanted, len(wanted)):
-            print(f"round {number + 1}: {contestant.name}, {loop}", file=sys.stderr, flush=True)
-            with serving(contestant, loop, options.database) as server:
-                asked = [one for one in loads if one.answered_by(contestant)]
-                for load in asked:
-                    server.measure(load, 1)  # for connections and caches
-                for load in asked:
-                    result = server.measure(load, options.seconds)
-                    figures.add(number, contestant.name, loop, load.name, result)
-                figures.add_memory(contestant.name, loop, server.memory())
+    wanted = [one for one in CONTESTANTS if not options.only or one.name in options.only]
+    figures = Figures([one.name for one in CONTESTANTS], loads)
+    for loop in options.loop:
+        with serving(REFERENCE, loop, options.database) as reference:
+            warm_up(reference, loads)
+            for number in range(options.rounds):
+                print(
+                    f"{loop}, round {number + 1} of {options.rounds}", file=sys.stderr, flush=True
+                )
+                for contestant in random.sample(wanted, len(wanted)):
+                    if loop in contestant.loops:
+                        beside(reference, contestant, loop, loads, options, figures)
     print(tables(figures))
     if options.write:
         write(figures)
-    return check(figures)
+    return check(figures, options.smoke)
+
+
+def beside(reference, contestant, loop, loads, options, figures):
+    """Ask the reference and ``contestant`` in turn."""
+    asked = [one for one in loads if one.answered_by(contestant)]
+    with serving(contestant, loop, options.database) as server:
+        warm_up(server, asked)
+        for load in asked:
+            there = reference.measure(load, options.seconds)
+            here = server.measure(load, options.seconds)
+            figures.add(contestant.name, loop, load.name, here, there)
+        figures.add_memory(contestant.name, loop, server.memory())
+
+
+def warm_up(server, loads):
+    """Let it open its connections and fill its caches."""
+    for load in {one.path: one for one in loads if not one.watched}.values():
+        server.measure(load, 1)

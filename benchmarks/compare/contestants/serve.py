@@ -27,4 +27,5 @@ def tornado(handlers, **settings):
 def asgi(app):
     import uvicorn
 
-    uvicorn.run(app, port=given.port, loop=given.loop, http="httptools", access_log=False)
+    log = {"log_level": "warning", "access_log": False}
+    uvicorn.run(app, port=given.port, loop=given.loop, http="httptools", **log)

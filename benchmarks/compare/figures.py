@@ -36,6 +36,9 @@ class Figures:
     def loops(self):
         return sorted({loop for _, loop, _ in self._results})
 
+    def rounds(self):
+        return max(map(len, self._results.values()))
+
     def all(self, name, loop, load, figure):
         return [getattr(one, figure) for one, _ in self._results.get((name, loop, load), ())]
 

@@ -90,7 +90,8 @@ def write(figures):
     page = PAGE.read_text()
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(figures)}\n{END}{after}")
+    rounds = f"Rounds: {figures.rounds()}."
+    PAGE.write_text(f"{before}{BEGIN}\n{rounds}\n\n{tables(figures)}\n{END}{after}")
     _plot(figures)
 
 

@@ -81,16 +81,16 @@ def wait_for_the_end(database):
     def tear_down(self):
         def pending():
             tasks = {t for t in database._tasks if t.get_loop() is self.io_loop.asyncio_loop}
-            return tasks | (database._open_scopes - set(endless))
+            return tasks | (set(database.status().open_scopes) - set(endless))
 
         async def wait():
             deadline = time.monotonic() + 1
-            while pending() and time.monotonic() < deadline:  # noqa: ASYNC110
+            while pending() and time.monotonic() < deadline:  # noqa: ASYNC110  (no event tells)
                 await asyncio.sleep(0.005)
 
         if pending():
             self.io_loop.run_sync(wait)
-            endless.update(database._open_scopes)
+            endless.update(database.status().open_scopes)
         original(self)
 
     AsyncTestCase.tearDown = tear_down

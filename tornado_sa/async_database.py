@@ -149,7 +149,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
             return None
         # In the middle of a query whose loop was closed under it, it never gets to its end. Its
         # connection, and all else, is for the garbage collector.
-        if plain.users and any(task.get_loop().is_closed() for task in plain.users.values()):
+        if any(task.get_loop().is_closed() for task in plain.users.values()):
             return None
         # At the end of a bridged verb a task would cost more. Not within one: finish() must not let
         # go of the loop, or Tornado reads on where the verb is about to detach() the stream.

@@ -84,10 +84,9 @@ class _Carrier(greenlet):
         self.journeys += 1
         root = self.parent
         assert root is not None
-        if root.parent is not None:
-            while root.parent is not None:
-                root = root.parent
-            self.parent = root  # else two that were nested either way round would make a ring
+        while root.parent is not None:
+            root = root.parent
+        self.parent = root  # else two that were nested either way round would make a ring
         return result, failure
 
 

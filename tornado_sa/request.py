@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from asyncio import Future, current_task
+from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from inspect import isawaitable
 from types import TracebackType
@@ -131,7 +131,7 @@ class RequestScope(_Handler):
         if self._sa_unit is not None:
             return self._sa_unit.finish(chunk)
         scope = self._sa_scope
-        if scope is not None and scope.sessions and not self._finished:
+        if scope is not None and scope.has_sessions and not self._finished:
             self._look_for_uncommitted(scope)
         return super().finish(chunk)
 
@@ -179,7 +179,7 @@ class RequestScope(_Handler):
         scope = self._sa_scope or self._open_scope()
         current.set(scope)
         if self._sa_task is None and not scope.closed:
-            task = self._sa_task = current_task()
+            task = self._sa_task = asyncio.current_task()
             if task is not None:
                 task.add_done_callback(self._task_ended)
         return self._wait_for(scope)
@@ -207,7 +207,7 @@ class RequestScope(_Handler):
 
     def _finish_bridged(self, finish: Callable[..., Any], *args: Any) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        database, task = self._sa_bridge, self._sa_task or current_task()
+        database, task = self._sa_bridge, self._sa_task or asyncio.current_task()
         assert database is not None and task is not None  # the bridge is crossed in tasks only
         database._tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
         try:

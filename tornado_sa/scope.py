@@ -54,13 +54,13 @@ class Scope:
     __slots__ = (
         "__weakref__",
         "_label",
+        "_sessions",
         "calls_back",
         "closed",
         "entered",
         "handler_name",
         "opened_at",
         "read_only",
-        "sessions",
     )
 
     def __init__(self, *label: str) -> None:
@@ -79,8 +79,7 @@ class Scope:
         self.opened_at: float = time.monotonic()
         #: Set if the unit of work only reads. Its sessions are made accordingly.
         self.read_only: ReadOnly | None = None
-        #: The sessions that were opened in it, by their databases. To be looked at only.
-        self.sessions: dict[SessionOwner, Any] = {}
+        self._sessions: dict[SessionOwner, Any] = {}
 
     def __repr__(self) -> str:
         return f"<Scope {self.label!r} {'closed' if self.closed else 'open'}>"
@@ -95,10 +94,15 @@ class Scope:
         """The label with the class of the handler, such as ``Notes, GET /notes/7``."""
         return f"{self.handler_name}, {self.label}" if self.handler_name else self.label
 
+    @property
+    def has_sessions(self) -> bool:
+        """True if a session was opened in it."""
+        return bool(self._sessions)
+
     def uncommitted(self) -> tuple[str | None, bool]:
         """What would be lost if it ended now, in words, and whether that is to be an error."""
         lost, is_error = [], False
-        for owner, session in list(self.sessions.items()):
+        for owner, session in list(self._sessions.items()):
             found = owner.uncommitted(self, session)
             if found is not None:
                 lost.append(found)
@@ -122,14 +126,14 @@ class Scope:
 
     def get(self, owner: SessionOwner) -> Any | None:
         """The session of ``owner`` in this scope, or None if it has none yet."""
-        return self.sessions.get(owner)
+        return self._sessions.get(owner)
 
     def put(self, owner: SessionOwner, session: Any) -> Any:
         """Keep ``session``, unless another thread was first; return the one that is kept.
 
         Raises `.ScopeClosed`.
         """
-        kept = self.sessions.setdefault(owner, session)
+        kept = self._sessions.setdefault(owner, session)
         if self.closed:  # looked at after the insertion: end() sets it before it empties the dict
             self.drop(owner)
             self.check()
@@ -137,7 +141,7 @@ class Scope:
 
     def drop(self, owner: SessionOwner) -> None:
         """Forget the session of ``owner``, which has been closed by other means."""
-        self.sessions.pop(owner, None)
+        self._sessions.pop(owner, None)
 
     def end(self) -> list[Task[None]]:
         """End the unit of work: roll back what was not committed, and close.
@@ -149,11 +153,11 @@ class Scope:
         may wait for them or drop them.
         """
         self.closed = True
-        if not self.sessions:
+        if not self._sessions:
             return []
         closings: list[Task[None]] = []
-        while self.sessions:  # popitem is atomic: no session is ever closed by two threads
-            owner, session = self.sessions.popitem()
+        while self._sessions:  # popitem is atomic: no session is ever closed by two threads
+            owner, session = self._sessions.popitem()
             closing = owner.end_session(self, session)
             if closing is not None:
                 closings.append(closing)

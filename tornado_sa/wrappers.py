@@ -43,14 +43,13 @@ def wrap_call(
 
     Outermost only: what an entry point calls itself, such as ``super().get()``, runs as it would
     without us. ``commit`` is called in place of ``method`` where a verb needs a transaction.
-
-    Every request comes through here, several times: what is written out below instead of called
-    makes 1 % of a request that does nothing.
     """
 
     def plain(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
         scope = self._sa_scope or self._open_scope()
-        call = commit if commit and self._sa_transactions and needs_commit(self) else method
+        call = method
+        if commit and self._sa_unit is None and self.request.method in self._sa_transactions:
+            call = commit
         if self._sa_bridge and crossing and not scope.entered:
             return cross(crossing, self, scope, call, args, kwargs)
         if current.get() is scope:  # the request's own task, after prepare(): straight through
@@ -69,31 +68,20 @@ def wrap_call(
     return plain, awaiting
 
 
-def needs_commit(handler: BaseHandler) -> bool:
-    """True if the verb that is about to run is to run in a transaction of its own."""
-    return handler._sa_unit is None and handler.request.method in handler._sa_transactions
-
-
 def _complete(handler: BaseHandler, scope: Scope, method: Method, args: Any, kwargs: Any) -> Any:
     """Call and wait for ``method``."""
-    previous = current.get()
-    if previous is not scope:
-        current.set(scope)
+    previous = enter(scope)
     scope.entered = True
     try:
         result = method(handler, *args, **kwargs)
         return result if result is None else complete(result)
     finally:
         scope.entered = False
-        if previous is not scope:
-            leave(scope, previous)
+        leave(scope, previous)
 
 
 def _answer(handler: BaseHandler, scope: Scope, method: Method, args: Any, kwargs: Any) -> Any:
-    """Call and wait for ``method``; answer what it raises where it was raised.
-
-    For an error page may look up the current user.
-    """
+    """Call and wait for ``method``; answer what it raises here, where an error page may query."""
     try:
         return _complete(handler, scope, method, args, kwargs)
     except Exception as error:

@@ -28,6 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
 ENVIRONMENT = HERE / ".venv"
+LOOPS = ["asyncio", "uvloop"]
 
 
 def arguments():
@@ -35,7 +36,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=1, help="of load, each time")
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--loop", nargs="+", default=["asyncio", "uvloop"])
+    parser.add_argument("--loop", nargs="+", choices=LOOPS, default=LOOPS)
     parser.add_argument("--load", nargs="+", metavar="LOAD")
     parser.add_argument("--database", default="127.0.0.1/postgres", help="host and name")
     parser.add_argument("--write", action="store_true")

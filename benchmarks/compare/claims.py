@@ -1,9 +1,9 @@
-"""The claims of README.rst, held against what was measured."""
+"""What the comparison is to show, held against what was measured."""
 
 BRIDGE = "tornado_sa, bridge"
 READ_ONLY = "tornado_sa, bridge, read-only"
 ASYNC = "tornado_sa, AsyncSession"
-LONGEST_STALL = 250.0  # milliseconds; a loop that waits for one query of /slow has 50 of them to do
+LONGEST_STALL = 250.0  # milliseconds; beside a Session that blocks the loop it is 2,000 and more
 
 
 def claims(figures):

@@ -66,12 +66,14 @@ async def beside_sockets(server, fresh):
 @asynccontextmanager
 async def open_sockets(port):
     sockets = []
-    for _ in range(SOCKETS):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(HANDSHAKE)
-        answer = await reader.readuntil(b"\r\n\r\n")
-        assert b" 101 " in answer, answer
-        sockets.append(writer)
-    yield sockets
-    for writer in sockets:
-        writer.close()
+    try:
+        for _ in range(SOCKETS):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            sockets.append(writer)
+            writer.write(HANDSHAKE)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert b" 101 " in answer, answer
+        yield sockets
+    finally:
+        for writer in sockets:
+            writer.close()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,12 @@ class Load:
 
     path: str
     clients: int
+    query: str = ""
     watched: bool = False  # is the loop free meanwhile? Asked by /plain, 50 times a second
 
     @property
     def name(self):
-        return f"{self.path.partition('?')[0]} {self.clients}"
-
-    def answered_by(self, contestant):
-        return self.path.partition("?")[0] in contestant.paths
+        return f"{self.path} {self.clients}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Server:
 
     def measure(self, load, seconds):
         command = ["wrk", "-t1", f"-c{load.clients}", f"-d{seconds}s", "--timeout", "5s", "-s"]
-        url = f"http://127.0.0.1:{self.port}{load.path}"
+        url = f"http://127.0.0.1:{self.port}{load.path}{load.query}"
         with self._watch(load.watched) as gaps:
             before = self.cpu()
             output = subprocess.run(
@@ -89,11 +88,13 @@ class Server:
             cpu = self.cpu() - before
         line = next(one for one in output.splitlines() if one.startswith("RESULT"))
         requests, duration, p50, p99, failed = map(int, line.split()[1:])
+        if not requests:
+            raise SystemExit(f"{load.name}: nothing was answered within {seconds} s")
         return Result(
             rate=requests / duration * 1e6,
             p50=p50 / 1e3,
             p99=p99 / 1e3,
-            cpu=cpu / max(requests, 1) * 1e6,
+            cpu=cpu / requests * 1e6,
             failed=failed,
             gap=max(gaps, default=0.0) * 1e3,
         )
@@ -107,19 +108,22 @@ class Server:
             while not over.wait(PROBE_EVERY):
                 began = time.monotonic()
                 connection.request("GET", "/plain")
-                connection.getresponse().read()
+                response = connection.getresponse()
+                response.read()
                 gaps.append(time.monotonic() - began)
+                assert response.status == 200, response.status
             connection.close()
 
-        thread = threading.Thread(target=probe)
-        if wanted:
-            thread.start()
-        try:
+        if not wanted:
             yield gaps
-        finally:
-            over.set()
-            if wanted:
-                thread.join()
+            return
+        with ThreadPoolExecutor(1) as executor:
+            probing = executor.submit(probe)
+            try:
+                yield gaps
+            finally:
+                over.set()
+            probing.result()
 
 
 @contextmanager
@@ -155,7 +159,8 @@ def wait_until_ready(process, port):
             if connection.getresponse().status == 200:
                 return
         except OSError:
-            time.sleep(0.05)
+            pass
+        time.sleep(0.05)
     raise SystemExit(
         f"{process.args[1]} did not answer /plain with 200 (exit code {process.poll()})"
     )

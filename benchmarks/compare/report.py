@@ -5,6 +5,8 @@ from pathlib import Path
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "performance.rst"
 PLOT = DOCS / "performance.svg"
+# How the bars of each event loop are drawn: where in their row, and how dense.
+LOOPS = (("asyncio", 0.2, 1.0), ("uvloop", -0.2, 0.55))
 BEGIN, END = ".. measured\n", ".. end of measured\n"
 
 
@@ -14,9 +16,9 @@ def tables(figures):
 
 
 def _tables(figures, loop):
-    asked = [one.name for one in figures.loads]
-    rates = [name for name in asked if name.endswith(" 32")]
-    tails = [name for name in asked if name.endswith(" 64") and not name.startswith("/slow")]
+    asked = [one for one in figures.loads if not one.watched]
+    rates = [one.name for one in asked if one.clients == 32]
+    tails = [one.name for one in asked if one.clients == 64]
     watched = [one.name for one in figures.loads if one.watched]
 
     yield from _table(
@@ -100,15 +102,15 @@ def _plot(figures):
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "tornado_sa"  # the same file for the same figures
-    from matplotlib import pyplot
+    from matplotlib import patches, pyplot
 
-    loads = [one.name for one in figures.loads if one.name.endswith(" 32")]
+    loads = [one.name for one in figures.loads if one.clients == 32]
     drawn, [axes] = pyplot.subplots(
         1, len(loads), figsize=(13, 5.2), sharey=True, layout="constrained", squeeze=False
     )
     names = [name for name in reversed(figures.names) if "limit" not in name]
     for load, axis in zip(loads, axes, strict=True):
-        for loop, shift, alpha in (("asyncio", 0.2, 1.0), ("uvloop", -0.2, 0.55)):
+        for loop, shift, alpha in LOOPS:
             for row, name in enumerate(names):
                 if not figures.has(name, loop, load):
                     continue
@@ -121,13 +123,13 @@ def _plot(figures):
                     alpha=alpha,
                     xerr=[[ratio.median - ratio.least], [ratio.most - ratio.median]],
                     error_kw={"elinewidth": 0.8},
-                    label=loop if row == 2 else None,
                 )
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(load.split()[0])
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
-    axes[-1].legend(loc="lower right", title="event loop")
+    loops = [patches.Patch(color="#2468b4", alpha=alpha, label=loop) for loop, _, alpha in LOOPS]
+    axes[-1].legend(handles=loops, loc="lower right", title="event loop")
     drawn.supxlabel(
         "requests per second, as a ratio to the reference beside it; median, least and most"
     )

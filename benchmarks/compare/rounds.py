@@ -49,7 +49,7 @@ CONTESTANTS = [
 LOADS = [
     Load("/plain", 32),
     Load("/db", 32),
-    Load("/queries?n=10", 32),
+    Load("/queries", 32, "?n=10"),
     Load("/update", 32),
     Load("/db", 64),
     Load("/update", 64),
@@ -74,18 +74,26 @@ def run(options):
 def profile(options):
     """Print whose code takes the time of /db."""
     load = Load("/db", 32)
-    for contestant in CONTESTANTS:
-        if contestant.name in (options.only or ["tornado_sa, bridge, read-only"]):
-            with serving(contestant, "asyncio", options.database) as server:
-                server.measure(load, 1)
-                show(f"{load.path}, {contestant.name}", shares(server, load, 10))
+    for contestant in chosen(CONTESTANTS, options.only or ["tornado_sa, bridge, read-only"]):
+        with serving(contestant, "asyncio", options.database) as server:
+            server.measure(load, 1)
+            show(f"{load.path}, {contestant.name}", shares(server, load, 10))
     return 0
+
+
+def chosen(those, names):
+    """Those with one of ``names``; all of them if no names are given."""
+    unknown = set(names or ()) - {one.name for one in those}
+    if unknown:
+        known = "; ".join(one.name for one in those)
+        raise SystemExit(f"There is no {', '.join(map(repr, sorted(unknown)))}. There are: {known}")
+    return [one for one in those if not names or one.name in names]
 
 
 def compare(options):
     os.sched_setaffinity(0, {LOAD_CORE})
-    loads = [one for one in LOADS if not options.load or one.name in options.load]
-    wanted = [one for one in CONTESTANTS if not options.only or one.name in options.only]
+    loads = chosen(LOADS, options.load)
+    wanted = chosen(CONTESTANTS, options.only)
     figures = Figures([one.name for one in CONTESTANTS], loads)
     for loop in options.loop:
         with serving(REFERENCE, loop, options.database) as reference:
@@ -105,7 +113,7 @@ def compare(options):
 
 def beside(reference, contestant, loop, loads, options, figures):
     """Ask the reference and ``contestant`` in turn."""
-    asked = [one for one in loads if one.answered_by(contestant)]
+    asked = [one for one in loads if one.path in contestant.paths]
     with serving(contestant, loop, options.database) as server:
         warm_up(server, asked)
         for load in asked:

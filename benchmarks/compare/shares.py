@@ -35,10 +35,10 @@ def shares(server, load, seconds):
             f"{record} {options}".split(),
             executable=Path(sys.executable).with_name("py-spy"),
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
         )
         server.measure(load, seconds + 2)
-        pyspy.wait()
+        if pyspy.wait() != 0:
+            raise SystemExit("py-spy could not look at the server; its own words are above.")
         found = Counter()
         for line in raw.read_text().splitlines():
             stack, _, count = line.rpartition(" ")

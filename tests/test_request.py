@@ -11,7 +11,17 @@ from sqlalchemy import select
 from tornado import gen
 from tornado.web import ErrorHandler, Finish, HTTPError
 
-from tests.support import CANCELLED_LOG, Flavour, Note, Reply, only, proxy, settle, until
+from tests.support import (
+    CANCELLED_LOG,
+    Flavour,
+    Note,
+    Reply,
+    make_database,
+    only,
+    proxy,
+    settle,
+    until,
+)
 from tornado_sa import ScopeClosed, current_scope
 
 
@@ -207,6 +217,76 @@ async def test_every_kind_of_prepare_and_verb(
     await until(lambda: finished)
     assert len(found) == 3
     assert found[0] is found[1] is found[2]
+
+
+@pytest.mark.gen_test
+async def test_verb_that_goes_on_after_super(flavour: Flavour, serve: Any) -> None:
+    """The verb of the base class does not answer for the one that called it."""
+
+    class Parent(flavour.Handler):
+        async def get(self) -> None:
+            await settle(self.session.execute(select(1)))
+            self.write("parent ")
+
+    class Child(Parent):
+        async def get(self) -> None:
+            await super().get()
+            await settle(self.session.execute(select(1)))
+            self.write("child")
+
+    assert (await serve(Child)()).body == b"parent child"
+
+
+@only("aiosqlite", "asyncpg", "psycopg_async", "bridged_asyncpg")
+@pytest.mark.gen_test
+async def test_the_end_of_a_verb_takes_no_task(flavour: Flavour, serve: Any) -> None:
+    """The session is closed after the response, in the task of the request."""
+    tasks: list[str] = []
+
+    def factory(loop: Any, coroutine: Any, name: str = "", **options: Any) -> Any:
+        tasks.append(name)
+        return asyncio.Task(coroutine, loop=loop, name=name, **options)
+
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await settle(self.session.execute(select(1)))
+            self.write("an answer")
+            asyncio.get_running_loop().set_task_factory(factory)
+
+    try:
+        assert (await serve(Handler)()).body == b"an answer"
+        await until(lambda: not flavour.db.status().open_scopes and not flavour.checked_out())
+    finally:
+        asyncio.get_running_loop().set_task_factory(None)
+    assert not [name for name in tasks if name and name.startswith("close ")]
+
+
+@only("asyncpg", "psycopg_async", "bridged_asyncpg", "bridged_psycopg")
+@pytest.mark.gen_test
+async def test_cancelled_in_the_middle_of_the_end(
+    flavour: Flavour, serve: Any, expected_log: list[str]
+) -> None:
+    """The session that is being closed loses its connection, the others are closed as ever."""
+    second = make_database(flavour.name, flavour.sync_engine.url.render_as_string(False))
+    ended: list[bool] = []
+
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await settle(self.session.execute(select(1)))
+            session = second.sync_session if flavour.is_bridged else second.session
+            await settle(session.execute(select(1)))
+            self.write("an answer")
+
+        def on_finish(self) -> None:
+            asyncio.current_task().cancel()  # type: ignore[union-attr]
+            ended.append(True)
+
+    expected_log += CANCELLED_LOG
+    assert (await serve(Handler)()).body == b"an answer"
+    await until(lambda: ended and not second.engine.pool.checkedout() and not flavour.checked_out())
+    assert not second.status().open_scopes
+    assert not flavour.db.status().open_scopes
+    await second.dispose()
 
 
 @pytest.mark.gen_test

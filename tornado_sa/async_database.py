@@ -147,14 +147,14 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         if not plain.in_transaction():  # then closing takes no I/O, so no task
             plain.close()
             return None
+        # At the end of a verb a task would cost more. Not within one: finish() must not let go of
+        # the loop, or Tornado reads on where the verb is about to detach() the stream.
+        if not (scope.entered or plain.users or plain.committing) and is_bridged():
+            self._way_to_end(scope)(plain)
+            return None
         # In the middle of a query whose loop was closed under it, it never gets to its end. Its
         # connection, and all else, is for the garbage collector.
         if any(task.get_loop().is_closed() for task in plain.users.values()):
-            return None
-        # At the end of a bridged verb a task would cost more. Not within one: finish() must not let
-        # go of the loop, or Tornado reads on where the verb is about to detach() the stream.
-        if is_bridged() and not (scope.entered or plain.users or plain.committing):
-            self._way_to_end(scope)(plain)
             return None
         try:
             asyncio.get_running_loop()

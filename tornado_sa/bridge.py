@@ -82,11 +82,9 @@ class _Carrier(greenlet):
         result, failure = self.result, self.failure
         self.task = self.result = self.failure = self.gr_context = None
         self.journeys += 1
-        root = self.parent
-        assert root is not None
-        while root.parent is not None:
-            root = root.parent
-        self.parent = root  # else two that were nested either way round would make a ring
+        assert self.parent is not None
+        while self.parent.parent is not None:  # two, nested either way round, would make a ring
+            self.parent = self.parent.parent
         return result, failure
 
 
@@ -170,10 +168,10 @@ def is_bridged() -> bool:
 
 def _task_that_may_wait(here: greenlet) -> Task[Any] | None:
     """The current task, if ``here`` is under its bridge."""
-    if not getattr(here, "__sqlalchemy_greenlet_provider__", False):  # SQLAlchemy's own mark
-        return None
     if type(here) is _Carrier and not _EAGER_TASKS:  # what it carries runs, so its task does
         return here.task
+    if not getattr(here, "__sqlalchemy_greenlet_provider__", False):  # SQLAlchemy's own mark
+        return None
     current_task = asyncio.current_task()
     return current_task if _task_of(here, current_task) is current_task else None
 

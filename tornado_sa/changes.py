@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Connection, Engine, TextClause, event
 from sqlalchemy.engine import Compiled, ExecutionContext
@@ -202,12 +202,12 @@ def _is_stored(connection: Connection) -> bool:
 def _began(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
     watch_writes(connection.engine)
     root = session.get_transaction()
-    connections = session.info.get(_CONNECTIONS)
-    if connections is None or connections[0]() is not root:
-        connections = (weakref.ref(root), cast("list[Connection]", []))
-        session.info[_CONNECTIONS] = connections
-    connections[1].append(connection)
-    setattr(connection, _BEGUN_BY, (weakref.ref(session), connections[0]))
+    found = session.info.get(_CONNECTIONS)
+    if found is not None and found[0]() is root:
+        found[1].append(connection)
+    else:
+        found = session.info[_CONNECTIONS] = (weakref.ref(root), [connection])
+    setattr(connection, _BEGUN_BY, (weakref.ref(session), found[0]))
 
 
 def _flush_begins(session: Session, *_flush: Any) -> None:

@@ -127,7 +127,7 @@ class DatabaseCore(Generic[SessionT]):
         Never raises: a failure is one line in the log.
         """
         self._open_scopes.discard(scope)
-        if self._isolation is None:
+        if scope.calls_back and self._isolation is None:
             self._make_due_calls(scope, session)
         try:
             return self._end(scope, session)
@@ -135,14 +135,13 @@ class DatabaseCore(Generic[SessionT]):
             log_failed_closing(scope, error)
             return None
         finally:
-            if self._isolation is not None:  # its one connection has to be free for the calls
+            if scope.calls_back and self._isolation is not None:  # which has only one connection
                 self._make_due_calls(scope, session)
 
     def _make_due_calls(self, scope: Scope, session: SessionT) -> None:
         try:
-            if scope.calls_back:
-                due = take_due(_plain(session))
-                self._call_back(scope, self._isolation.capture(due) if self._isolation else due)
+            due = take_due(_plain(session))
+            self._call_back(scope, self._isolation.capture(due) if self._isolation else due)
         except Exception as error:
             logger.error("%s: after_commit() failed: %s", scope.full_label, summary(error))
 

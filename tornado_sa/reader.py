@@ -255,20 +255,26 @@ def _save_round_trips(dialect: Dialect) -> None:
     asyncpg, which has nothing to send, fails as it does in a transaction.
     """
 
+    # _execute_mutex: private, and there is no other way to ask.
+    def unless_busy(end: Callable[[Any], None]) -> Callable[[Any], None]:
+        def end_transaction(connection: Any) -> None:
+            if connection.dbapi_connection._execute_mutex.locked():
+                raise dialect.loaded_dbapi.InterfaceError("another task's statement is in progress")
+            end(connection)
+
+        return end_transaction
+
     def unless_idle(end: Callable[[Any], None]) -> Callable[[Any], None]:
         def end_transaction(connection: Any) -> None:
-            # Private, and there is no other way to ask.
             mutex = getattr(connection.dbapi_connection, "_execute_mutex", None)
-            busy = mutex is not None and mutex.locked()
-            if busy and dialect.driver == "asyncpg":
-                raise dialect.loaded_dbapi.InterfaceError("another task's statement is in progress")
-            if busy or not _is_idle(connection):
+            if (mutex is not None and mutex.locked()) or not _is_idle(connection):
                 end(connection)
 
         return end_transaction
 
+    only_if = unless_busy if dialect.driver == "asyncpg" else unless_idle
     for name in ("do_commit", "do_rollback"):
-        setattr(dialect, name, unless_idle(getattr(dialect, name)))
+        setattr(dialect, name, only_if(getattr(dialect, name)))
 
 
 def _is_idle(connection: Any) -> bool:

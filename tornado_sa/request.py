@@ -186,7 +186,7 @@ class RequestScope(_Handler):
 
     def _wait_for(self, scope: Scope) -> Awaitable[None] | None:
         """In a test, one unit of work waits for another: see `tornado_sa.testing.isolated`."""
-        isolation = getattr(self._database(), "_isolation", None)
+        isolation = getattr(self._sa_bridge or self._database(), "_isolation", None)
         return None if isolation is None or scope.closed else isolation.begin(scope)
 
     def _end_request(self) -> None:
@@ -207,13 +207,19 @@ class RequestScope(_Handler):
 
     def _finish_bridged(self, finish: Callable[..., Any], *args: Any) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        database, task = self._sa_bridge, self._sa_task or asyncio.current_task()
-        assert database is not None and task is not None  # the bridge is crossed in tasks only
+        database, task = self._sa_bridge or self._database(), self._sa_task
+        task = task or asyncio.current_task()
+        assert task is not None  # the bridge is crossed in tasks only
         database._tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
         try:
             finish(*args)
         finally:
             database._tasks.discard(task)
+
+    def _has_async_session(self, scope: Scope) -> bool:
+        """True if the request has a session of its `.AsyncDatabase`."""
+        database = self._database()
+        return isinstance(database, AsyncDatabase) and scope.get(database) is not None
 
     async def _hook(self, hook: Coroutine[Any, Any, Any]) -> None:
         await step_aside()

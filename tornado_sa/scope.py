@@ -69,7 +69,7 @@ class Scope:
         self._label = label
         #: True once the unit of work is over.
         self.closed: bool = False
-        #: True while an entry point of its handler runs under the bridge.
+        #: True while a verb of its handler runs, or another entry point under the bridge.
         self.entered: bool = False
         #: The class of the handler it belongs to, if it belongs to one.
         self.handler_name: str = ""
@@ -158,7 +158,11 @@ class Scope:
         closings: list[Task[None]] = []
         while self._sessions:  # popitem is atomic: no session is ever closed by two threads
             owner, session = self._sessions.popitem()
-            closing = owner.end_session(self, session)
+            try:
+                closing = owner.end_session(self, session)
+            except BaseException:  # cancelled, where it waits under the bridge
+                self.end()
+                raise
             if closing is not None:
                 closings.append(closing)
         return closings

@@ -14,8 +14,9 @@ the median of the ratios, the least and the most; then the claims, and whether t
 a request costs more after so many others, beside 10,000 open WebSockets, and among 200 classes.
 
 ``--only`` and ``--loop`` choose contestants and event loops, ``--load`` what they are asked, such
-as ``"/db 32"``: the path and the number of clients. ``--write`` puts the figures and the plot into
-``docs/``.
+as ``"/db 32"``: the path and the number of clients. ``--default-gc`` leaves Python's garbage
+collector as it is, for all of them; else it is set as docs/performance.rst advises. ``--write`` puts
+the figures and the plot into ``docs/``.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def arguments():
     parser.add_argument("--loop", nargs="+", choices=LOOPS, default=LOOPS)
     parser.add_argument("--load", nargs="+", metavar="LOAD")
     parser.add_argument("--database", default="127.0.0.1/postgres", help="host and name")
+    parser.add_argument("--default-gc", action="store_true", help="the collector as Python sets it")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="only requests that fail count")
     parser.add_argument("--profile", action="store_true", help="whose code takes the time of /db")

@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from claims import check
@@ -75,10 +76,17 @@ def profile(options):
     """Print whose code takes the time of /db."""
     load = Load("/db", 32)
     for contestant in chosen(CONTESTANTS, options.only or ["tornado_sa, bridge, read-only"]):
-        with serving(contestant, "asyncio", options.database) as server:
+        with started(contestant, "asyncio", options) as server:
             server.measure(load, 1)
             show(f"{load.path}, {contestant.name}", shares(server, load, 10))
     return 0
+
+
+def started(contestant, loop, options):
+    """Start ``contestant`` as the command line has it."""
+    more = ("--default-gc",) if options.default_gc else ()
+    contestant = replace(contestant, options=contestant.options + more)
+    return serving(contestant, loop, options.database)
 
 
 def chosen(those, names):
@@ -96,7 +104,7 @@ def compare(options):
     wanted = chosen(CONTESTANTS, options.only)
     figures = Figures([one.name for one in CONTESTANTS], loads)
     for loop in options.loop:
-        with serving(REFERENCE, loop, options.database) as reference:
+        with started(REFERENCE, loop, options) as reference:
             warm_up(reference, loads)
             for number in range(options.rounds):
                 print(
@@ -114,7 +122,7 @@ def compare(options):
 def beside(reference, contestant, loop, loads, options, figures):
     """Ask the reference and ``contestant`` in turn."""
     asked = [one for one in loads if one.path in contestant.paths]
-    with serving(contestant, loop, options.database) as server:
+    with started(contestant, loop, options) as server:
         warm_up(server, asked)
         for load in asked:
             there = reference.measure(load, options.seconds)

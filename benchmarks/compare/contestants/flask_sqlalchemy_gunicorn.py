@@ -4,6 +4,7 @@ import random
 import time
 
 import options
+import serve
 import world
 from flask import Flask, request
 from flask_sqlalchemy import SQLAlchemy
@@ -67,6 +68,7 @@ class Gunicorn(BaseApplication):
         self.cfg.set("threads", 32)
         self.cfg.set("keepalive", 75)
         self.cfg.set("loglevel", "warning")
+        self.cfg.set("post_worker_init", lambda _worker: serve.tune_collector())
 
     def load(self):
         return app

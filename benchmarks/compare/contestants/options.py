@@ -9,6 +9,7 @@ parser.add_argument("--database", required=True, help="of PostgreSQL: host and n
 parser.add_argument("--sync", action="store_true", help="of tornado_sa: Database, not the bridge")
 parser.add_argument("--read-only", action="store_true", help="of tornado_sa: with the reader")
 parser.add_argument("--classes", type=int, default=0, help="further handler classes")
+parser.add_argument("--default-gc", action="store_true", help="the collector as Python sets it")
 given = parser.parse_args()
 
 PLAIN_URL = f"postgresql://postgres@{given.database}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)  # the ledger says it in one line
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)  # why: docs/performance.rst, "The garbage collector"
     try:
         run(options)
     except CannotStart as error:

@@ -161,7 +161,11 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         except RuntimeError:  # the loop is gone, or this is not its thread: drop the connection
             plain.invalidate()
             return None
-        return self._track(self._close(scope, session), f"close {scope.label}")
+        closing = self._close(scope, session)
+        if scope.closings is None:
+            return self._track(closing, f"close {scope.label}")
+        scope.closings.append((self, closing))
+        return None
 
     async def _close(self, scope: Scope, session: AsyncSession) -> None:
         await step_aside()

@@ -207,14 +207,33 @@ class RequestScope(_Handler):
 
     def _finish_bridged(self, finish: Callable[..., Any], *args: Any) -> None:
         """Finish as Tornado does, and close the session without another task."""
-        database, task = self._sa_bridge or self._database(), self._sa_task
-        task = task or asyncio.current_task()
-        assert task is not None  # the bridge is crossed in tasks only
+        database, task = self._sa_bridge, self._sa_task or asyncio.current_task()
+        assert database is not None and task is not None  # the bridge is crossed in tasks only
         database._tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
         try:
             finish(*args)
         finally:
             database._tasks.discard(task)
+
+    async def _finish_and_close(self, scope: Scope) -> None:
+        """Finish as Tornado does, and close what ends with the scope in this task.
+
+        A task for each closing, which finish() takes elsewhere, costs 3 % of a query.
+        """
+        tasks, task = self._find_database()._tasks, asyncio.current_task()
+        assert task is not None  # Tornado runs a verb in one
+        tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
+        closings: list[tuple[Any, Coroutine[Any, Any, None]]] = []
+        scope.closings = closings
+        try:
+            self.finish()
+            while closings:
+                await closings.pop(0)[1]
+        finally:
+            scope.closings = None
+            for database, closing in closings:  # this task was cancelled in another one
+                database._track(closing, f"close {scope.label}")
+            tasks.discard(task)
 
     def _has_async_session(self, scope: Scope) -> bool:
         """True if the request has a session of its `.AsyncDatabase`."""

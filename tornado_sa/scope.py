@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from asyncio import Task
+from collections.abc import Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,6 +58,7 @@ class Scope:
         "_sessions",
         "calls_back",
         "closed",
+        "closings",
         "entered",
         "handler_name",
         "opened_at",
@@ -71,6 +73,9 @@ class Scope:
         self.closed: bool = False
         #: True while a verb of its handler runs, or another entry point under the bridge.
         self.entered: bool = False
+        #: Where a database puts what is left to be awaited as it closes a session; else it makes a
+        #: task of it.
+        self.closings: list[tuple[Any, Coroutine[Any, Any, None]]] | None = None
         #: The class of the handler it belongs to, if it belongs to one.
         self.handler_name: str = ""
         #: True once `after_commit` was called in it.

@@ -14,9 +14,9 @@ the median of the ratios, the least and the most; then the claims, and whether t
 a request costs more after so many others, beside 10,000 open WebSockets, and among 200 classes.
 
 ``--only`` and ``--loop`` choose contestants and event loops, ``--load`` what they are asked, such
-as ``"/db 32"``: the path and the number of clients. ``--default-gc`` leaves Python's garbage
-collector as it is, for all of them; else it is set as docs/performance.rst advises. ``--write`` puts
-the figures and the plot into ``docs/``.
+as ``"/db 32"``: the path and the number of clients. Python's garbage collector is tuned, for all
+of them, as docs/performance.rst advises; ``--default-gc`` leaves it as it is. ``--write`` puts the
+figures and the plot into ``docs/``.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def profile(options):
     for contestant in chosen(CONTESTANTS, options.only or ["tornado_sa, bridge, read-only"]):
         with started(contestant, "asyncio", options) as server:
             server.measure(load, 1)
-            show(f"{load.path}, {contestant.name}", shares(server, load, 10))
+            show(f"{load.path}, {contestant.name}", shares(server, load, 20))
     return 0
 
 

@@ -20,16 +20,14 @@ ROOT = re.escape(str(Path(__file__).parents[2]))
 PACKAGE = re.compile(
     rf".*(?:site-packages|lib/python3\.\d+|{ROOT}/benchmarks/compare|{ROOT})/(\w+)"
 )
-RATE = 500  # samples per second
+RATE = 250  # samples per second, for each of which the server is stopped
 
 
 def shares(server, load, seconds):
     """How many of the samples each owner has, while wrk asks ``server`` for ``load``."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder, "raw.txt")
-        record = (
-            f"py-spy record --pid {server.pid} --duration {seconds} --rate {RATE} --nonblocking"
-        )
+        record = f"py-spy record --pid {server.pid} --duration {seconds} --rate {RATE}"
         options = f"--format raw --full-filenames --output {raw}"
         pyspy = subprocess.Popen(
             f"{record} {options}".split(),

@@ -129,7 +129,7 @@ def _plot(figures):
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
     loops = [patches.Patch(color="#2468b4", alpha=alpha, label=loop) for loop, _, alpha in LOOPS]
-    axes[-1].legend(handles=loops, loc="lower right", title="event loop")
+    drawn.legend(handles=loops, loc="outside lower right", ncols=2, title="event loop")
     drawn.supxlabel(
         "requests per second, as a ratio to the reference beside it; median, least and most"
     )

@@ -132,7 +132,8 @@ def wrap_verb(method: Method) -> Wrappers:
                 result = await result
         finally:
             scope.entered = False
-        if self._auto_finish and not self._finished and self._has_async_session(scope):
+        may_finish = self._auto_finish and not self._finished
+        if scope.has_sessions and may_finish and self._has_async_session(scope):
             await self._finish_and_close(scope)  # in place of Tornado's own finish()
         return result
 

@@ -289,6 +289,31 @@ async def test_cancelled_in_the_middle_of_the_end(
     await second.dispose()
 
 
+@only("asyncpg", "psycopg_async")
+@pytest.mark.gen_test
+async def test_dispose_waits_for_the_end_of_a_verb(flavour: Flavour, serve: Any) -> None:
+    """Each database waits for its own session, though one task closes them all."""
+    second = make_database(flavour.name, flavour.sync_engine.url.render_as_string(False))
+    pool = second.engine.pool
+    left: list[int] = []
+
+    async def dispose() -> None:
+        await second.dispose()
+        left.append(pool.checkedout())
+
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await second.session.execute(select(1))
+            await self.session.execute(select(1))
+
+        def on_finish(self) -> None:
+            self.disposing = asyncio.create_task(dispose())
+
+    assert (await serve(Handler)()).code == 200
+    await until(lambda: left)
+    assert left == [0]
+
+
 @pytest.mark.gen_test
 async def test_on_finish_that_forgets_super(flavour: Flavour, serve: Any) -> None:
     class Handler(flavour.Handler):

@@ -220,25 +220,23 @@ class RequestScope(_Handler):
 
         A task for each closing, which finish() takes elsewhere, costs 3 % of a query.
         """
-        tasks, task = self._find_database()._tasks, asyncio.current_task()
-        assert task is not None  # Tornado runs a verb in one
-        tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
+        task = asyncio.current_task()
         closings: list[tuple[Any, Coroutine[Any, Any, None]]] = []
+        databases: list[Any] = []
         scope.closings = closings
         try:
             self.finish()
+            databases += [database for database, _ in closings]
+            for database in databases:  # dispose() waits for this task, as for that of a closing
+                database._tasks.add(task)
             while closings:
                 await closings.pop(0)[1]
         finally:
             scope.closings = None
             for database, closing in closings:  # this task was cancelled in another one
                 database._track(closing, f"close {scope.label}")
-            tasks.discard(task)
-
-    def _has_async_session(self, scope: Scope) -> bool:
-        """True if the request has a session of its `.AsyncDatabase`."""
-        database = self._database()
-        return isinstance(database, AsyncDatabase) and scope.get(database) is not None
+            for database in databases:
+                database._tasks.discard(task)
 
     async def _hook(self, hook: Coroutine[Any, Any, Any]) -> None:
         await step_aside()

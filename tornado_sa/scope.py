@@ -71,7 +71,8 @@ class Scope:
         self._label = label
         #: True once the unit of work is over.
         self.closed: bool = False
-        #: True while a verb of its handler runs, or another entry point under the bridge.
+        #: True while an entry point of its handler runs under the bridge, or an `async def` verb
+        #: with an AsyncSession.
         self.entered: bool = False
         #: Where a database puts what is left to be awaited as it closes a session; else it makes a
         #: task of it.

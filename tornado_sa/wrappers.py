@@ -122,7 +122,7 @@ def wrap_verb(method: Method) -> Wrappers:
 
     async def awaiting(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
         scope = self._sa_scope or self._open_scope()
-        if self._sa_bridge or scope.entered:
+        if self._sa_plain or scope.entered:  # of an AsyncSession, only the outermost verb finishes
             result = plain(self, *args, **kwargs)
             return result if result is None else await result
         scope.entered = True
@@ -132,8 +132,7 @@ def wrap_verb(method: Method) -> Wrappers:
                 result = await result
         finally:
             scope.entered = False
-        may_finish = self._auto_finish and not self._finished
-        if scope.has_sessions and may_finish and self._has_async_session(scope):
+        if scope.has_sessions and self._auto_finish and not self._finished:
             await self._finish_and_close(scope)  # in place of Tornado's own finish()
         return result
 

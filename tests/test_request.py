@@ -261,6 +261,45 @@ async def test_the_end_of_a_verb_takes_no_task(flavour: Flavour, serve: Any) -> 
     assert not [name for name in tasks if name and name.startswith("close ")]
 
 
+@pytest.mark.gen_test
+async def test_verb_that_goes_on_after_finish(flavour: Flavour, serve: Any) -> None:
+    """Its connection does not wait for it."""
+    over = asyncio.Event()
+    free_meanwhile: list[bool] = []
+
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await settle(self.session.execute(select(1)))
+            self.finish("an answer")
+            await until(lambda: not flavour.checked_out())
+            free_meanwhile.append(not over.is_set())
+            await over.wait()
+
+    assert (await serve(Handler)()).body == b"an answer"
+    await until(lambda: free_meanwhile)
+    over.set()
+    assert free_meanwhile == [True]
+
+
+@only("asyncpg", "psycopg_async")
+@pytest.mark.gen_test
+async def test_dispose_right_after_finish(flavour: Flavour, serve: Any) -> None:
+    """It waits for a session whose closing has not begun yet."""
+    pool = flavour.db.engine.pool
+    left: list[int] = []
+
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await self.session.execute(select(1))
+            self.finish("an answer")
+            await flavour.db.dispose()
+            left.append(pool.checkedout())
+
+    assert (await serve(Handler)()).body == b"an answer"
+    await until(lambda: left)
+    assert left == [0]
+
+
 @only("asyncpg", "psycopg_async", "bridged_asyncpg", "bridged_psycopg")
 @pytest.mark.gen_test
 async def test_cancelled_in_the_middle_of_the_end(
@@ -395,15 +434,14 @@ async def test_finish_called_from_elsewhere(
         async def get(self) -> None:
             await settle(self.session.execute(select(1)))
             self._auto_finish = False
-            waiting.append(self)
+            waiting.append((self, asyncio.current_task()))
             await asyncio.Event().wait()
 
     class Finishing(flavour.Handler):
         async def get(self) -> None:
             mine = self.session
             await settle(mine.execute(select(1)))
-            other = waiting[0]
-            task = other._sa_task
+            other, task = waiting[0]
 
             def finish() -> None:
                 other.finish("by another")

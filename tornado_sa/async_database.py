@@ -24,7 +24,14 @@ from tornado_sa import in_doubt
 from tornado_sa.after_commit import LaterCall
 from tornado_sa.binds import Engines, distinct
 from tornado_sa.blocks import AsyncBlock
-from tornado_sa.bridge import BridgedSession, bridged_class, complete, cross, is_bridged, step_aside
+from tornado_sa.bridge import (
+    BridgedSession,
+    bridged_class,
+    bridged_task,
+    complete,
+    cross,
+    step_aside,
+)
 from tornado_sa.changes import connections_of
 from tornado_sa.core import DatabaseCore, ScopeRegistry, no_answer
 from tornado_sa.ending import log_failed_call, log_failed_closing, logger, roll_back_and_close
@@ -147,25 +154,44 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         if not plain.in_transaction():  # then closing takes no I/O, so no task
             plain.close()
             return None
-        # At the end of a verb a task would cost more. Not within one: finish() must not let go of
-        # the loop, or Tornado reads on where the verb is about to detach() the stream.
-        if not (scope.entered or plain.users or plain.committing) and is_bridged():
-            self._way_to_end(scope)(plain)
+        # Not within a verb: there, finish() must not let go of the loop, or Tornado reads on where
+        # the verb is about to detach() the stream.
+        bridged = None if scope.entered or plain.users or plain.committing else bridged_task()
+        if bridged is not None:
+            self._tasks.add(bridged)  # for dispose(), until the connection is back
+            try:
+                self._way_to_end(scope)(plain)
+            finally:
+                self._tasks.discard(bridged)
             return None
         # In the middle of a query whose loop was closed under it, it never gets to its end. Its
         # connection, and all else, is for the garbage collector.
         if any(task.get_loop().is_closed() for task in plain.users.values()):
             return None
         try:
-            asyncio.get_running_loop()
+            loop = asyncio.get_running_loop()
         except RuntimeError:  # the loop is gone, or this is not its thread: drop the connection
             plain.invalidate()
             return None
-        closing = self._close(scope, session)
         if scope.closings is None:
-            return self._track(closing, f"close {scope.label}")
-        scope.closings.append((self, closing))
+            return self._close_later(scope, session)
+        # The owner of the scope does it at once, unless it waits for something else meanwhile.
+        if not scope.closings:
+            loop.call_soon(_close_rest, scope)
+        scope.closings.append((self, session))
         return None
+
+    def _close_later(self, scope: Scope, session: AsyncSession) -> Task[None]:
+        return self._track(self._close(scope, session), f"close {scope.label}")
+
+    async def close_now(self, scope: Scope, session: AsyncSession) -> None:
+        """Close ``session`` in this task. Never raises, but for a cancellation."""
+        task: Any = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            await self._close(scope, session)
+        finally:
+            self._tasks.discard(task)
 
     async def _close(self, scope: Scope, session: AsyncSession) -> None:
         await step_aside()
@@ -232,6 +258,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         that are still open are named in the log.
         """
         deadline = time.monotonic() + timeout
+        await asyncio.sleep(0)  # for `_close_rest`
         # Again and again: a hook that ends leaves a session to close.
         while others := {one for one in (*self._tasks, *self._in_progress) if _may_end(one)}:
             if not (await asyncio.wait(others, timeout=deadline - time.monotonic()))[0]:
@@ -257,6 +284,13 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         """Bring every transaction of ours that is in doubt to its end. See `.Database.recover`."""
         await step_aside()
         return await cross(in_doubt.recover, self._engines, self._decisions)
+
+
+def _close_rest(scope: Scope) -> None:
+    """Close, in tasks, what the owner of the scope has not come to."""
+    while scope.closings:
+        database, session = scope.closings.pop()
+        database._close_later(scope, session)
 
 
 def _may_end(one: Future[Any]) -> bool:

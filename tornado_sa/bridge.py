@@ -59,14 +59,11 @@ class _Carrier(greenlet):
         self.task: Task[Any] | None = None
         #: How many times it has crossed.
         self.journeys = 0
-        self.load: tuple[Callable[..., Any], Any, Any] | None = None
         self.result: Any = None
         self.failure: BaseException | None = None
 
-    def run(self) -> None:
-        while self.load is not None:
-            function, args, kwargs = self.load
-            self.load = None
+    def run(self, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> None:
+        while function is not None:
             try:
                 self.result = function(*args, **kwargs)
             except GreenletExit:  # nobody refers to this greenlet any more
@@ -75,7 +72,7 @@ class _Carrier(greenlet):
                 self.failure = error
             del function, args, kwargs  # or it would keep them alive until its next journey
             assert self.parent is not None
-            self.parent.switch(_DONE)
+            function, args, kwargs = self.parent.switch(_DONE)
 
     def unload(self) -> tuple[Any, BaseException | None]:
         """Return what came of it, and forget everything."""
@@ -104,8 +101,7 @@ async def cross(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
     carrier = carriers.pop() if carriers else _Carrier()
     carrier.parent, carrier.gr_context = here, here.gr_context
     carrier.task = asyncio.current_task()
-    carrier.load = (function, args, kwargs)
-    waited = carrier.switch()
+    waited = carrier.switch(function, args, kwargs)
     while waited is not _DONE:
         try:
             value = await waited
@@ -119,7 +115,7 @@ async def cross(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
     if len(carriers) < _KEPT:
         carriers.append(carrier)
     else:
-        carrier.switch()  # with no load: it comes to its end
+        carrier.switch(None, (), {})  # with no load: it comes to its end
     if error is not None:
         try:
             raise error
@@ -163,7 +159,12 @@ def _hand_on(waited: Any) -> Generator[Any, Any, Any]:
 
 def is_bridged() -> bool:
     """True where a plain session of an `.AsyncDatabase` may do I/O."""
-    return _task_that_may_wait(getcurrent()) is not None
+    return bridged_task() is not None
+
+
+def bridged_task() -> Task[Any] | None:
+    """The current task, if this is under its bridge."""
+    return _task_that_may_wait(getcurrent())
 
 
 def _task_that_may_wait(here: greenlet) -> Task[Any] | None:

@@ -95,7 +95,9 @@ def _entry_points(cls: type[BaseHandler]) -> Iterator[tuple[str, Callable[[Metho
     yield "on_connection_close", wrap_on_connection_close
     yield "data_received", wrap_data_received
     for verb in getattr(cls, "SUPPORTED_METHODS", RequestHandler.SUPPORTED_METHODS):
-        yield verb.lower(), wrap_verb
+        # Else there is nothing to do: in the task of the request, its scope is the current one.
+        if cls._sa_plain or verb in cls._sa_transactions:
+            yield verb.lower(), wrap_verb
 
 
 def _own(attribute: Any) -> Method:

@@ -7,14 +7,14 @@ import sys
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from inspect import isawaitable
-from types import TracebackType
+from types import TracebackType, coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from tornado.log import app_log
 from tornado.web import RequestHandler
 
 from tornado_sa.async_database import AsyncDatabase
-from tornado_sa.bridge import is_bridged, step_aside
+from tornado_sa.bridge import step_aside
 from tornado_sa.core import DatabaseCore
 from tornado_sa.database import Database
 from tornado_sa.ending import logger
@@ -33,15 +33,14 @@ else:
     _Handler = object
 
 
-class _Done:
-    """Something that may be awaited, yielded or dropped, and has nothing to wait for."""
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return _NOTHING
+@coroutine
+def _nothing() -> Generator[Any, Any, None]:
+    yield from ()
 
 
-_NOTHING: Generator[Any, Any, None] = (None for _ in range(0))  # exhausted for everybody
-DONE = _Done()
+#: What may be awaited, yielded or dropped, and has nothing to wait for: a generator at its end.
+DONE: Awaitable[None] = _nothing()
+next(cast(Any, DONE), None)
 
 
 async def after(
@@ -83,6 +82,30 @@ class RequestScope(_Handler):
     _sa_retry_after: bool = False
     _sa_transactions: ClassVar[dict[str, Transaction]] = {}
     _sa_unit: Unit | None = None  # a transactional verb that is running
+
+    async def _execute(self, *args: Any, **kwargs: Any) -> None:
+        """Run the whole request, as Tornado does it, in the scope that it is.
+
+        Private, and overridden in this one place, because it is all that the task of a request
+        does, and so the only thing that every request comes through: a 405, an abandoned upload,
+        a ``detach()``, ``_auto_finish = False`` and a cancellation too.
+        """
+        scope = self._sa_scope or self._open_scope()
+        closings = scope.closings = []
+        current.set(scope)
+        if self.cancel_on_disconnect:
+            self._sa_task = asyncio.current_task()
+        try:
+            await super()._execute(*args, **kwargs)
+        except asyncio.CancelledError:
+            self._answer_cancelled()
+            raise
+        finally:
+            if not scope.closed:
+                self._end_request()
+        while closings:  # not as tasks of their own, which cost 3 % of a query
+            database, session = closings.pop()
+            await database.close_now(scope, session)
 
     def prepare(self) -> Any:
         """Open the request's scope and make it current.
@@ -143,10 +166,7 @@ class RequestScope(_Handler):
 
     def _finish_held(self) -> None:
         """Finish what a transactional verb has finished before its COMMIT."""
-        if self._sa_bridge and is_bridged():
-            self._finish_bridged(super().finish)
-        else:
-            super().finish()
+        super().finish()
 
     def _look_for_uncommitted(self, scope: Scope) -> None:
         status = self.get_status()
@@ -177,23 +197,17 @@ class RequestScope(_Handler):
     def _begin_request(self) -> Awaitable[None] | None:
         """Open the scope and make it current. Return what has to be awaited before it is used."""
         scope = self._sa_scope or self._open_scope()
-        current.set(scope)
-        if self._sa_task is None and not scope.closed:
-            task = self._sa_task = asyncio.current_task()
-            if task is not None:
-                task.add_done_callback(self._task_ended)
+        if current.get() is not scope:  # prepare() is called by hand
+            current.set(scope)
         return self._wait_for(scope)
 
     def _wait_for(self, scope: Scope) -> Awaitable[None] | None:
         """In a test, one unit of work waits for another: see `tornado_sa.testing.isolated`."""
-        isolation = getattr(self._sa_bridge or self._database(), "_isolation", None)
+        isolation = getattr(self._database(), "_isolation", None)
         return None if isolation is None or scope.closed else isolation.begin(scope)
 
     def _end_request(self) -> None:
-        task = self._sa_task
-        if task is not None:
-            self._sa_task = None  # the task holds its handler: no reference cycle
-            task.remove_done_callback(self._task_ended)
+        self._sa_task = None  # it holds its handler: no reference cycle
         scope = self._sa_scope or self._open_scope()  # opened, so that none is opened later
         if self._sa_hooks:
             self._sa_over = True
@@ -204,39 +218,6 @@ class RequestScope(_Handler):
         """Run a hook of the request as a task of its own; the scope ends after it."""
         self._sa_hooks += 1
         database._track(self._hook(hook), f"hook of {self._open_scope().label}")
-
-    def _finish_bridged(self, finish: Callable[..., Any], *args: Any) -> None:
-        """Finish as Tornado does, and close the session without another task."""
-        database, task = self._sa_bridge, self._sa_task or asyncio.current_task()
-        assert database is not None and task is not None  # the bridge is crossed in tasks only
-        database._tasks.add(task)  # for dispose(), as the task of a closing is; it ends soon after
-        try:
-            finish(*args)
-        finally:
-            database._tasks.discard(task)
-
-    async def _finish_and_close(self, scope: Scope) -> None:
-        """Finish as Tornado does, and close what ends with the scope in this task.
-
-        A task for each closing, which finish() takes elsewhere, costs 3 % of a query.
-        """
-        task = asyncio.current_task()
-        closings: list[tuple[Any, Coroutine[Any, Any, None]]] = []
-        databases: list[Any] = []
-        scope.closings = closings
-        try:
-            self.finish()
-            databases += [database for database, _ in closings]
-            for database in databases:  # dispose() waits for this task, as for that of a closing
-                database._tasks.add(task)
-            while closings:
-                await closings.pop(0)[1]
-        finally:
-            scope.closings = None
-            for database, closing in closings:  # this task was cancelled in another one
-                database._track(closing, f"close {scope.label}")
-            for database in databases:
-                database._tasks.discard(task)
 
     async def _hook(self, hook: Coroutine[Any, Any, Any]) -> None:
         await step_aside()
@@ -250,20 +231,14 @@ class RequestScope(_Handler):
             if self._sa_over:
                 self._end_request()
 
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        """End the request with its task, for requests that never get to ``on_finish``.
-
-        Those are abandoned uploads, ``detach()``, ``_auto_finish = False``, and
-        on Tornado 6.5 cancelled handlers, which are left without an answer too.
-        """
-        scope = self._sa_scope
+    def _answer_cancelled(self) -> None:
+        """Answer a request whose task was cancelled, which Tornado 6.5 does not."""
         # _finished: private, but Tornado has no public way to ask. Set by finish() and detach().
-        if task.cancelled() and not self._finished and scope is not None and not scope.closed:
+        if not self._finished and not self._open_scope().closed:
             try:
                 self.send_error(500)
             except Exception:
                 app_log.error("Exception in exception handler", exc_info=True)
-        self._end_request()
 
     def _client_gone(self) -> None:
         # Tornado's own part, which an override may have left out: without it, the task of an

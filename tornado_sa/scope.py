@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from asyncio import Task
-from collections.abc import Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,12 +70,11 @@ class Scope:
         self._label = label
         #: True once the unit of work is over.
         self.closed: bool = False
-        #: True while an entry point of its handler runs under the bridge, or an `async def` verb
-        #: with an AsyncSession.
+        #: True while an entry point of its handler runs under the bridge.
         self.entered: bool = False
-        #: Where a database puts what is left to be awaited as it closes a session; else it makes a
-        #: task of it.
-        self.closings: list[tuple[Any, Coroutine[Any, Any, None]]] | None = None
+        #: The sessions that its owner closes when it goes on, each with its database. None if it
+        #: does not: then closing one is a task at once.
+        self.closings: list[tuple[Any, Any]] | None = None
         #: The class of the handler it belongs to, if it belongs to one.
         self.handler_name: str = ""
         #: True once `after_commit` was called in it.

@@ -51,8 +51,9 @@ def wrap_call(
         if commit and self._sa_unit is None and self.request.method in self._sa_transactions:
             call = commit
         if self._sa_bridge and crossing and not scope.entered:
-            return cross(crossing, self, scope, call, args, kwargs)
-        if current.get() is scope:  # the request's own task, after prepare(): straight through
+            result = cross(crossing, self, scope, call, args, kwargs)
+            return result if current.get() is scope else _await_in(scope, result)
+        if current.get() is scope:  # as in the request's own task: straight through
             return call(self, *args, **kwargs)
         previous = enter(scope)
         try:
@@ -70,14 +71,12 @@ def wrap_call(
 
 def _complete(handler: BaseHandler, scope: Scope, method: Method, args: Any, kwargs: Any) -> Any:
     """Call and wait for ``method``."""
-    previous = enter(scope)
     scope.entered = True
     try:
         result = method(handler, *args, **kwargs)
         return result if result is None else complete(result)
     finally:
         scope.entered = False
-        leave(scope, previous)
 
 
 def _answer(handler: BaseHandler, scope: Scope, method: Method, args: Any, kwargs: Any) -> Any:
@@ -95,7 +94,7 @@ def _answer_and_finish(
     try:
         _complete(handler, scope, method, args, kwargs)
         if handler._auto_finish and not handler._finished:
-            handler._finish_bridged(handler.finish)
+            handler.finish()
     except Exception as error:
         _answer_error(handler, error)
 
@@ -103,7 +102,7 @@ def _answer_and_finish(
 def _answer_error(handler: BaseHandler, error: Exception) -> None:
     # What Tornado calls a moment later, outside the bridge. Private, but it is what people
     # override and instrument, and so better than a copy of what it does.
-    handler._finish_bridged(handler._handle_request_exception, error)
+    handler._handle_request_exception(error)
 
 
 def wrap_data_received(method: Method) -> Wrappers:
@@ -118,25 +117,7 @@ def wrap_verb(method: Method) -> Wrappers:
         transaction = self._sa_transactions[self.request.method or ""]
         await run(self, transaction, method, args, kwargs)
 
-    plain, _ = wrap_call(method, _answer_and_finish, commit)
-
-    async def awaiting(self: BaseHandler, *args: Any, **kwargs: Any) -> Any:
-        scope = self._sa_scope or self._open_scope()
-        if self._sa_plain or scope.entered:  # of an AsyncSession, only the outermost verb finishes
-            result = plain(self, *args, **kwargs)
-            return result if result is None else await result
-        scope.entered = True
-        try:
-            result = plain(self, *args, **kwargs)
-            if result is not None:
-                result = await result
-        finally:
-            scope.entered = False
-        if scope.has_sessions and self._auto_finish and not self._finished:
-            await self._finish_and_close(scope)  # in place of Tornado's own finish()
-        return result
-
-    return plain, awaiting
+    return wrap_call(method, _answer_and_finish, commit)
 
 
 def wrap_initialize(method: Method) -> Wrappers:
@@ -203,11 +184,13 @@ def _wrap_hook(method: Method, afterwards: str, at_once: bool = True) -> Wrapper
     def plain(self: BaseHandler) -> Any:
         scope = self._sa_scope or self._open_scope()
         try:
-            if self._sa_bridge and not (at_once and current.get() is scope and is_bridged()):
-                return self._run_hook(
-                    self._sa_bridge, cross(_complete, self, scope, method, (), {})
-                )
-            return call(self)
+            bridge = self._sa_bridge
+            if bridge is None:
+                return call(self)
+            if at_once and current.get() is scope and is_bridged():
+                with bridge._at_work():
+                    return call(self)
+            return self._run_hook(bridge, cross(_complete, self, scope, method, (), {}))
         finally:
             getattr(self, afterwards)()
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,6 +35,7 @@ from tests.support import (
 )
 from tests.test_tasks import SLOW
 from tornado_sa import ConcurrentAccess, ScopeClosed, SessionHandler, TornadoSAError
+from tornado_sa.bridge import complete, cross
 
 bridged = only(*BRIDGED)
 
@@ -624,6 +626,31 @@ async def test_dispose_waits_for_hooks(flavour: Flavour, serve: Any) -> None:
     assert (await serve(Handler)()).code == 200
     await flavour.db.dispose()
     assert flavour.texts() == ["logged"]
+
+
+@pytest.mark.gen_test
+async def test_a_greenlet_keeps_nothing_of_its_journeys() -> None:
+    """Nor of its first one, for which it is made: more at once than there are kept."""
+
+    class Load:
+        pass
+
+    together = asyncio.Event()
+    loads = [Load() for _ in range(150)]
+    alive = weakref.WeakSet(loads)
+
+    def wait(load: Load) -> Load:
+        complete(together.wait())
+        return load
+
+    for _ in range(2):
+        crossing = [asyncio.ensure_future(cross(wait, load)) for load in loads]
+        await asyncio.sleep(0)
+        together.set()
+        await asyncio.gather(*crossing)
+    del crossing, loads
+    await asyncio.sleep(0)  # the loop's own references
+    assert len(alive) == 0
 
 
 # -- as an ordinary verb -------------------------------------------------------

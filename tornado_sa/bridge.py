@@ -59,11 +59,15 @@ class _Carrier(greenlet):
         self.task: Task[Any] | None = None
         #: How many times it has crossed.
         self.journeys = 0
+        # No argument of switch(): greenlet keeps those of the first one as long as the carrier.
+        self.load: tuple[Callable[..., Any], Any, Any] | None = None
         self.result: Any = None
         self.failure: BaseException | None = None
 
-    def run(self, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> None:
-        while function is not None:
+    def run(self) -> None:
+        while self.load is not None:
+            function, args, kwargs = self.load
+            self.load = None
             try:
                 self.result = function(*args, **kwargs)
             except GreenletExit:  # nobody refers to this greenlet any more
@@ -72,7 +76,7 @@ class _Carrier(greenlet):
                 self.failure = error
             del function, args, kwargs  # or it would keep them alive until its next journey
             assert self.parent is not None
-            function, args, kwargs = self.parent.switch(_DONE)
+            self.parent.switch(_DONE)
 
     def unload(self) -> tuple[Any, BaseException | None]:
         """Return what came of it, and forget everything."""
@@ -101,7 +105,8 @@ async def cross(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
     carrier = carriers.pop() if carriers else _Carrier()
     carrier.parent, carrier.gr_context = here, here.gr_context
     carrier.task = asyncio.current_task()
-    waited = carrier.switch(function, args, kwargs)
+    carrier.load = (function, args, kwargs)
+    waited = carrier.switch()
     while waited is not _DONE:
         try:
             value = await waited
@@ -115,7 +120,7 @@ async def cross(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
     if len(carriers) < _KEPT:
         carriers.append(carrier)
     else:
-        carrier.switch(None, (), {})  # with no load: it comes to its end
+        carrier.switch()  # with no load: it comes to its end
     if error is not None:
         try:
             raise error

@@ -5,7 +5,9 @@ is made, as ``wrappers.py`` has it. The wrapper makes the handler's scope the
 current one, so that nothing depends on which task or context Tornado calls
 from, nor on whether anybody calls ``super()``; where the handler has a plain
 session of an `.AsyncDatabase` it also makes the call cross the bridge. What
-Tornado and `.BaseHandler` define stays as it is.
+Tornado and `.BaseHandler` define stays as it is, and so do the verbs of an
+``AsyncSession``, unless they are transactions: they run in the request's own
+task, where ``BaseHandler._execute`` has made the scope current.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 from tornado import gen
 from tornado.web import ErrorHandler, Finish, HTTPError
 
@@ -298,6 +298,29 @@ async def test_dispose_right_after_finish(flavour: Flavour, serve: Any) -> None:
     assert (await serve(Handler)()).body == b"an answer"
     await until(lambda: left)
     assert left == [0]
+
+
+@only("asyncpg", "psycopg_async", "bridged_asyncpg", "bridged_psycopg")
+@pytest.mark.gen_test
+async def test_sessions_are_closed_in_reverse(flavour: Flavour, serve: Any) -> None:
+    """The one that was opened last is the first to go."""
+    second = make_database(flavour.name, flavour.sync_engine.url.render_as_string(False))
+    ending: list[str] = []
+    databases = {"first": flavour.db, "second": second}
+    for name, database in databases.items():
+        engine = database.engine.sync_engine
+        event.listen(engine, "rollback", lambda *_, name=name: ending.append(name))
+
+    class Handler(flavour.Handler):
+        async def get(self) -> None:
+            await settle(self.session.execute(select(1)))
+            session = second.sync_session if flavour.is_bridged else second.session
+            await settle(session.execute(select(1)))
+
+    assert (await serve(Handler)()).code == 200
+    await until(lambda: len(ending) == 2)
+    await second.dispose()
+    assert ending == ["second", "first"]
 
 
 @only("asyncpg", "psycopg_async", "bridged_asyncpg", "bridged_psycopg")

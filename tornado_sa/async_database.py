@@ -289,7 +289,7 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
 def _close_rest(scope: Scope) -> None:
     """Close, in tasks, what the owner of the scope has not come to."""
     while scope.closings:
-        database, session = scope.closings.pop()
+        database, session = scope.closings.pop(0)
         database._close_later(scope, session)
 
 

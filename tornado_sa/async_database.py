@@ -24,14 +24,7 @@ from tornado_sa import in_doubt
 from tornado_sa.after_commit import LaterCall
 from tornado_sa.binds import Engines, distinct
 from tornado_sa.blocks import AsyncBlock
-from tornado_sa.bridge import (
-    BridgedSession,
-    bridged_class,
-    bridged_task,
-    complete,
-    cross,
-    step_aside,
-)
+from tornado_sa.bridge import bridged_task, complete, cross, step_aside
 from tornado_sa.changes import connections_of
 from tornado_sa.core import DatabaseCore, ScopeRegistry, no_answer
 from tornado_sa.ending import log_failed_call, log_failed_closing, logger, roll_back_and_close
@@ -39,6 +32,7 @@ from tornado_sa.engine import async_engine
 from tornado_sa.in_doubt import InDoubt
 from tornado_sa.reader import Reader
 from tornado_sa.scope import Scope, current, current_scope
+from tornado_sa.sessions import BridgedSession, bridged_class, crossing_class
 from tornado_sa.two_phase import two_phase_class
 
 P = ParamSpec("P")
@@ -93,11 +87,12 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         #: The engine of each key of ``binds``.
         self.binds: dict[Any, AsyncEngine] = engines.binds
         options = engines.session_options
-        plain = options.pop("sync_session_class", None)
-        plain = plain or options.get("class_", AsyncSession).sync_session_class
+        base = options.get("class_", AsyncSession)
+        plain = options.pop("sync_session_class", None) or base.sync_session_class
         if options.get("twophase"):
             plain = two_phase_class(plain, engines.plain, engines.decisions)
         plain = options["sync_session_class"] = bridged_class(plain, debug)
+        options["class_"] = crossing_class(base)
         #: Makes sessions that belong to no scope; you close those yourself.
         self.sessionmaker: async_sessionmaker[AsyncSession] = async_sessionmaker(**options)
         self._reader: Reader[AsyncEngine]

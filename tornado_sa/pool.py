@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from contextlib import suppress
@@ -52,6 +53,7 @@ class AsyncFairPool(FairPoolCore):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._home = Home()
+        self._alarm_is_set = False  # and the handle not kept: it refers to the pool
 
     def _do_get(self) -> ConnectionPoolEntry:
         if not self._home.is_here():
@@ -81,6 +83,7 @@ class AsyncFairPool(FairPoolCore):
             stranded, self._idle = self._idle, deque()
             self._line.clear()
             self._total = 0
+            self._alarm_is_set = False
         for record, _ in stranded:
             self._drop(record)
 
@@ -94,7 +97,10 @@ class AsyncFairPool(FairPoolCore):
                 cast("Dialect", self._dialect).do_close(record.dbapi_connection)
 
     def _take_turn(self) -> Turn:
-        return TaskTurn(self._home.loop)
+        loop = self._home.loop
+        if loop is None or self._timeout is None:
+            return TaskTurn(loop, math.inf)
+        return TaskTurn(loop, loop.time() + self._timeout)
 
     def _leave(self, turn: Turn) -> None:
         assert isinstance(turn, TaskTurn)
@@ -106,11 +112,30 @@ class AsyncFairPool(FairPoolCore):
     def _wait(self, turn: Turn) -> None:
         assert isinstance(turn, TaskTurn)
         loop = asyncio.get_running_loop()
-        turn.future = future = loop.create_future()
-        timer = None if self._timeout is None else loop.call_later(self._timeout, wake_up, future)
-        try:
-            if turn.grant is None:  # else another thread gave it before there was a future
-                await_only(future)
-        finally:
-            if timer is not None:
-                timer.cancel()
+        if turn.until <= loop.time():
+            return
+        turn.future = loop.create_future()
+        if not self._alarm_is_set and turn.until < math.inf:
+            self._set_alarm(loop, turn.until)
+        if turn.grant is None:  # else another thread gave it before there was a future
+            await_only(turn.future)
+
+    def _set_alarm(self, loop: asyncio.AbstractEventLoop, until: float) -> None:
+        """Set the one alarm for all who wait: for the first in line, whose time is up first.
+
+        A timer for each, set and cancelled, would cost as much as everything else here.
+        """
+        self._alarm_is_set = True
+        loop.call_at(until, self._ring, loop)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wake up whose time is up, and set the alarm for the next."""
+        if loop is not self._home.loop:  # the pool has moved, and nobody waits here
+            return
+        self._alarm_is_set = False
+        for turn in cast("list[TaskTurn]", list(self._line)):
+            if turn.until > loop.time():
+                self._set_alarm(loop, turn.until)
+                break
+            if turn.future is not None:
+                wake_up(turn.future)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from asyncio import AbstractEventLoop, Future, InvalidStateError
-from contextlib import suppress
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -54,12 +53,14 @@ class ThreadTurn(Turn):
 class TaskTurn(Turn):
     """The turn of a task. The future only wakes it up; what it was given stands in the turn."""
 
-    __slots__ = ("future", "home")
+    __slots__ = ("future", "home", "until")
 
-    def __init__(self, home: AbstractEventLoop | None) -> None:
+    def __init__(self, home: AbstractEventLoop | None, until: float) -> None:
         super().__init__()
         #: The event loop that was the pool's when it was taken.
         self.home: AbstractEventLoop | None = home
+        #: How long it is waited for, in seconds of that loop's clock.
+        self.until: float = until
         self.future: Future[None] | None = None
 
     def waits(self) -> bool:
@@ -82,8 +83,10 @@ class TaskTurn(Turn):
 
 
 def wake_up(future: Future[None]) -> None:
-    with suppress(InvalidStateError):  # done or cancelled; asked in advance, it might be since
+    try:  # noqa: SIM105  (suppress() costs 0.6 µs)
         future.set_result(None)
+    except InvalidStateError:  # done or cancelled; asked in advance, it might be since
+        pass
 
 
 def running_loop() -> AbstractEventLoop | None:

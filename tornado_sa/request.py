@@ -79,7 +79,6 @@ class RequestScope(_Handler):
     _sa_task: asyncio.Task[Any] | None = None
     _sa_hooks: int = 0  # hooks that run as tasks at this moment
     _sa_over: bool = False  # the request has ended but for them
-    _sa_retry_after: bool = False
     _sa_transactions: ClassVar[dict[str, Transaction]] = {}
     _sa_unit: Unit | None = None  # a transactional verb that is running
 
@@ -286,20 +285,25 @@ class RequestScope(_Handler):
         gets the original exception.
         """
         status = status_for(_exception(kwargs)) if status_code == 500 else None
-        self._sa_retry_after = status == 503
-        try:
+        if status != 503:
             super().send_error(int(status or status_code), **kwargs)
-        finally:
-            self._sa_retry_after = False
+            return
+        # Tornado's send_error() clears the headers, sets the status and asks write_error(). So the
+        # header is set with the status, and taken back if write_error() thinks otherwise.
+        set_status = self.set_status
 
-    def set_status(self, status_code: int, reason: str | None = None) -> None:
-        """Set the status; to a 503 of `send_error`, which has cleared the headers, add one."""
-        super().set_status(status_code, reason)
-        if self._sa_retry_after:
+        def set_status_and_header(status_code: int, reason: str | None = None) -> None:
+            set_status(status_code, reason)
             if status_code == 503:
                 self.set_header("Retry-After", RETRY_AFTER)
-            else:  # write_error() thinks otherwise
+            else:
                 self.clear_header("Retry-After")
+
+        vars(self)["set_status"] = set_status_and_header
+        try:
+            super().send_error(503, **kwargs)
+        finally:
+            vars(self).pop("set_status", None)  # None: write_error() sent another error
 
     def log_exception(
         self,

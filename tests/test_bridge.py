@@ -14,7 +14,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from greenlet import getcurrent
+from sqlalchemy import event, select, text
+from sqlalchemy.exc import NoResultFound
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import object_session
 from tornado import gen
 from tornado.ioloop import IOLoop
@@ -22,6 +25,7 @@ from tornado.template import DictLoader
 from tornado.web import HTTPError, authenticated, stream_request_body
 
 from tests.support import (
+    ASYNC,
     BRIDGED,
     CANCELLED_LOG,
     Document,
@@ -35,7 +39,7 @@ from tests.support import (
 )
 from tests.test_tasks import SLOW
 from tornado_sa import ConcurrentAccess, ScopeClosed, SessionHandler, TornadoSAError
-from tornado_sa.bridge import complete, cross
+from tornado_sa.bridge import _Carrier, complete, cross
 
 bridged = only(*BRIDGED)
 
@@ -651,6 +655,44 @@ async def test_a_greenlet_keeps_nothing_of_its_journeys() -> None:
     del crossing, loads
     await asyncio.sleep(0)  # the loop's own references
     assert len(alive) == 0
+
+
+@only(*ASYNC)
+@pytest.mark.gen_test
+async def test_an_async_session_crosses_in_greenlets_that_are_used_again(flavour: Flavour) -> None:
+    """Whatever its method; but one of the user's own class is as the user wrote it."""
+
+    class Counting(AsyncSession):
+        gets = 0
+
+        async def get(self, *args: Any, **kwargs: Any) -> Any:
+            Counting.gets += 1
+            return await super().get(*args, **kwargs)
+
+    db = make_database(flavour.name, flavour.db.engine.url, session_options={"class_": Counting})
+    carriers: set[object] = set()
+
+    @event.listens_for(db.engine.sync_engine, "before_cursor_execute")
+    def look(*_: object) -> None:
+        carriers.add(getcurrent())
+
+    async with db.scope() as session:
+        assert isinstance(session, Counting)
+        note = Note(text="first")
+        session.add(note)
+        await session.flush()
+        await session.refresh(note)
+        await session.execute(select(Note))
+        await session.scalar(select(Note))
+        await (await session.connection()).execute(select(Note))  # SQLAlchemy's own greenlet
+        theirs = {one for one in carriers if type(one) is not _Carrier}
+        assert (len(theirs), len(carriers)) == (1, 2)
+        assert await session.get(Note, note.id, populate_existing=True) is note
+        assert Counting.gets == 1
+        with pytest.raises(NoResultFound):
+            await session.get_one(Note, -1)
+        await session.commit()
+    await db.dispose()
 
 
 # -- as an ordinary verb -------------------------------------------------------

@@ -601,6 +601,37 @@ def test_waiter_of_a_closed_loop_is_passed_over() -> None:
     lost._log_destroy_pending = False  # that it never ends is the point here
 
 
+def test_each_waits_as_long_as_the_timeout_says() -> None:
+    """One alarm is set for all; it is set anew for the next in line."""
+    loop = jumping_loop()
+    pool = AsyncFairPool(Server().connect, pool_size=1, max_overflow=0, timeout=1.0)
+    given_up: list[tuple[float, float]] = []  # when it came, how long it waited
+
+    async def client(comes: float) -> Any:
+        await asyncio.sleep(comes)
+        start = loop.time()
+        try:
+            return await greenlet_spawn(pool.connect)
+        except exc.TimeoutError:
+            given_up.append((comes, loop.time() - start))
+
+    async def main() -> None:
+        first = await greenlet_spawn(pool.connect)
+        clients = [asyncio.create_task(client(comes)) for comes in (0.0, 0.1, 0.4, 0.8, 2.5)]
+        await asyncio.sleep(1.2)
+        first.close()
+        second = await clients[2]
+        assert await asyncio.gather(*clients[:2], *clients[3:]) == [None] * 4
+        await greenlet_spawn(second.close)
+
+    loop.run_until_complete(main())
+    loop.close()
+    assert [comes for comes, _ in given_up] == [0.0, 0.1, 0.8, 2.5]
+    assert [waited for _, waited in given_up] == pytest.approx([1.0] * 4, abs=1e-3)
+    assert (pool.checkedout(), pool.waiting()) == (0, 0)
+    pool.dispose()
+
+
 def test_pool_is_gone_without_the_garbage_collector() -> None:
     async def main() -> weakref.ref[AsyncFairPool]:
         pool = AsyncFairPool(Server().connect, pool_size=1, max_overflow=0, timeout=0.01)

@@ -168,7 +168,7 @@ def crossing_class(base: type[AsyncSession]) -> type[AsyncSession]:
     return type(base.__name__, (base,), methods)
 
 
-def _with_globals(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+def _with_globals(function: FunctionType, names: dict[str, Any]) -> Callable[..., Any]:
     copy = FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )

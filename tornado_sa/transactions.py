@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
+from tornado.httputil import HTTPHeaders
 from tornado.web import Finish
 
 from tornado_sa.bridge import cross, is_bridged
@@ -43,9 +44,9 @@ class Unit:
         self._before = (
             handler._status_code,
             handler._reason,
-            handler._headers.copy(),
+            list(handler._headers.get_all()),  # copy() would parse them anew
             list(handler._write_buffer),
-            copy.deepcopy(getattr(handler, "_new_cookie", None)),
+            copy.deepcopy(handler._new_cookie) if hasattr(handler, "_new_cookie") else None,
         )
 
     def finish(self, chunk: Any) -> asyncio.Future[None]:
@@ -82,7 +83,9 @@ class Unit:
         handler = self.handler
         status, reason, headers, buffer, cookies = self._before
         handler._status_code, handler._reason = status, reason
-        handler._headers, handler._write_buffer = headers.copy(), list(buffer)
+        handler._headers, handler._write_buffer = HTTPHeaders(), list(buffer)
+        for name, value in headers:
+            handler._headers.add(name, value)
         if cookies is not None:
             handler._new_cookie = copy.deepcopy(cookies)
         elif hasattr(handler, "_new_cookie"):

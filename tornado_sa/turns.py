@@ -83,7 +83,7 @@ class TaskTurn(Turn):
 
 
 def wake_up(future: Future[None]) -> None:
-    try:  # noqa: SIM105  (suppress() costs 0.6 µs)
+    try:  # not suppress(), which takes 0.6 µs
         future.set_result(None)
     except InvalidStateError:  # done or cancelled; asked in advance, it might be since
         pass

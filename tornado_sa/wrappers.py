@@ -113,9 +113,9 @@ def wrap_data_received(method: Method) -> Wrappers:
 def wrap_verb(method: Method) -> Wrappers:
     """A verb: Tornado waits for it, and answers what it raises. It may need a transaction."""
 
-    async def commit(self: BaseHandler, *args: Any, **kwargs: Any) -> None:
+    def commit(self: BaseHandler, *args: Any, **kwargs: Any) -> Awaitable[None]:
         transaction = self._sa_transactions[self.request.method or ""]
-        await run(self, transaction, method, args, kwargs)
+        return run(self, transaction, method, args, kwargs)
 
     return wrap_call(method, _answer_and_finish, commit)
 

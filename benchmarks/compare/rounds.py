@@ -104,12 +104,10 @@ def compare(options):
     wanted = chosen(CONTESTANTS, options.only)
     figures = Figures([one.name for one in CONTESTANTS], loads)
     for loop in options.loop:
-        with started(REFERENCE, loop, options) as reference:
-            warm_up(reference, loads)
-            for number in range(options.rounds):
-                print(
-                    f"{loop}, round {number + 1} of {options.rounds}", file=sys.stderr, flush=True
-                )
+        for number in range(options.rounds):
+            print(f"{loop}, round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+            with started(REFERENCE, loop, options) as reference:  # anew: processes have their luck
+                warm_up(reference, loads)
                 for contestant in random.sample(wanted, len(wanted)):
                     if loop in contestant.loops:
                         beside(reference, contestant, loop, loads, options, figures)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from asyncio import AbstractEventLoop
 
 from tornado_sa.errors import TornadoSAError
@@ -20,15 +19,9 @@ class Home:
     def __init__(self) -> None:
         #: The loop; None before the first.
         self.loop: AbstractEventLoop | None = None
-        self._thread = 0  # in which it was made the home
 
     def is_here(self) -> bool:
         """False in another event loop. Outside of any there is no I/O that could go wrong."""
-        # Only one loop runs in a thread at a time. And for each that asks which one, Python 3.11
-        # asks the operating system for the number of its process.
-        if self._thread == threading.get_ident() and self.loop is not None:
-            if self.loop.is_running():
-                return True
         loop = running_loop()
         return loop is self.loop or loop is None
 
@@ -41,4 +34,4 @@ class Home:
                 " loop that runs at the same time; where one loop follows another, write `await"
                 " db.dispose()` at the end of the first."
             )
-        self.loop, self._thread = running_loop(), threading.get_ident()
+        self.loop = running_loop()

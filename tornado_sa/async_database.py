@@ -141,7 +141,6 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         Raises `.NoActiveScope`, `.ScopeClosed`, and what ``function`` raises.
         """
         session = self.plain_session_in(current_scope())
-        await step_aside()
         return await cross(function, session, *args, **kwargs)
 
     def _end(self, scope: Scope, session: AsyncSession) -> Task[None] | None:
@@ -221,7 +220,6 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
         self._track(work, f"after_commit of {scope.label}", context)
 
     async def _make_calls(self, label: str, calls: list[LaterCall]) -> None:
-        await step_aside()
         for call in calls:
             try:
                 await cross(_make_call, call)
@@ -267,17 +265,14 @@ class AsyncDatabase(DatabaseCore[AsyncSession]):
 
     async def in_doubt(self) -> list[InDoubt]:
         """The transactions that are prepared and not ended. See `.Database.in_doubt`."""
-        await step_aside()
         return await cross(in_doubt.in_doubt, self._engines, [self._decisions])
 
     async def resolve(self, xid: str, *, commit: bool) -> list[InDoubt]:
         """End one transaction that is in doubt, by hand. See `.Database.resolve`."""
-        await step_aside()
         return await cross(in_doubt.resolve, self._engines, [self._decisions], xid, commit)
 
     async def recover(self) -> list[InDoubt]:
         """Bring every transaction of ours that is in doubt to its end. See `.Database.recover`."""
-        await step_aside()
         return await cross(in_doubt.recover, self._engines, self._decisions)
 
 

@@ -94,6 +94,8 @@ _idle = _Idle()
 
 async def cross(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function`` under the bridge: in it, a plain session may do I/O."""
+    if _EAGER_TASKS:  # asked here too: without them, no coroutine for each crossing
+        await step_aside()
     here, carriers = getcurrent(), _idle.carriers
     carrier = carriers.pop() if carriers else _Carrier()
     carrier.parent, carrier.gr_context = here, here.gr_context
@@ -188,7 +190,7 @@ def _task_of(here: greenlet | None, otherwise: Task[Any] | None) -> Task[Any] | 
 
 
 async def step_aside() -> None:
-    """Leave the greenlet of another task.
+    """Leave the greenlet of another task, before code that may start one of its own.
 
     With ``asyncio.eager_task_factory`` the first step of a task runs right where the task is
     created, and so in its creator's greenlet. One that is started in there would go on returning

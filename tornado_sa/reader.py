@@ -56,8 +56,9 @@ _IN_MEMORY = (
     " work that only reads refuses to write. Use db.engine."
 )
 
-# Where the label of its unit of work is found in the info of a read-only session.
-LABEL = "tornado_sa.read_only"
+# Where its unit of work is found in the info of a read-only session: another may be the current
+# one when it is refused to write.
+READS_FOR = "tornado_sa.read_only"
 
 
 class Reader(Generic[EngineT]):
@@ -102,8 +103,7 @@ class Reader(Generic[EngineT]):
         Raises `.ConfigurationError` if the database has no reader.
         """
         inner: Session = getattr(session, "sync_session", session)
-        # Kept here and not looked up later: another scope may be the current one by then.
-        inner.info[LABEL] = scope.label
+        inner.info[READS_FOR] = scope
         if self._in_memory:
             event.listen(inner, "after_begin", _refuse_writes)
             return
@@ -303,8 +303,8 @@ def _translate(context: ExceptionContext) -> BaseException | None:
         return None
     connection = context.connection
     session = None if connection is None else session_of(connection)
-    label = "This" if session is None else session.info.get(LABEL, "This")
-    return violation(label, "the server refused to write")
+    scope = None if session is None else session.info.get(READS_FOR)
+    return violation(scope, "the server refused to write")
 
 
 def _refuse_writes(session: Session, _transaction: Any, connection: Connection) -> None:
@@ -313,12 +313,13 @@ def _refuse_writes(session: Session, _transaction: Any, connection: Connection) 
     def refuse(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         word = writing_word(statement)
         if word is not None:
-            raise violation(session.info[LABEL], f"its session refused to {word}")
+            raise violation(session.info[READS_FOR], f"its session refused to {word}")
 
     event.listen(connection, "before_cursor_execute", refuse)
 
 
-def violation(label: str, what: str) -> ReadOnlyViolation:
+def violation(scope: Scope | None, what: str) -> ReadOnlyViolation:
+    label = "This" if scope is None else scope.label
     return ReadOnlyViolation(
         f"{label} is a unit of work that only reads, and {what}. For a verb that writes,"
         " take @read_only away, or its name out of read_only_methods; elsewhere write"

@@ -14,7 +14,6 @@ from tornado.log import app_log
 from tornado.web import RequestHandler
 
 from tornado_sa.async_database import AsyncDatabase
-from tornado_sa.bridge import step_aside
 from tornado_sa.core import DatabaseCore
 from tornado_sa.database import Database
 from tornado_sa.ending import logger
@@ -219,7 +218,6 @@ class RequestScope(_Handler):
         database._track(self._hook(hook), f"hook of {self._open_scope().label}")
 
     async def _hook(self, hook: Coroutine[Any, Any, Any]) -> None:
-        await step_aside()
         current.set(self._open_scope())
         try:
             await hook

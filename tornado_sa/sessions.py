@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 from asyncio import Task
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FunctionType
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from tornado_sa.bridge import cross, step_aside, task_that_may_wait
+from tornado_sa.bridge import cross, task_that_may_wait
 from tornado_sa.ending import is_ending
 from tornado_sa.errors import ConcurrentAccess, TornadoSAError
 from tornado_sa.scope import current
@@ -177,9 +177,8 @@ def _with_globals(function: FunctionType, names: dict[str, Any]) -> Callable[...
     return functools.wraps(function)(copy)
 
 
-async def _spawn(
+def _spawn(
     function: Callable[..., T], *args: Any, _require_await: bool = False, **kwargs: Any
-) -> T:
+) -> Awaitable[T]:
     """What SQLAlchemy's ``greenlet_spawn`` does, for the callers it has among these methods."""
-    await step_aside()
-    return await cross(function, *args, **kwargs)
+    return cross(function, *args, **kwargs)

@@ -6,7 +6,7 @@ import asyncio
 from types import TracebackType
 
 from tornado_sa.async_database import AsyncDatabase
-from tornado_sa.bridge import cross, step_aside
+from tornado_sa.bridge import cross
 from tornado_sa.database import Database
 from tornado_sa.errors import TornadoSAError
 from tornado_sa.testing.isolation import Isolation
@@ -92,7 +92,6 @@ class isolated:
         traceback: TracebackType | None,
     ) -> None:
         isolation = self._take()
-        await step_aside()
         try:
             await settle(isolation)
             if error is None:

@@ -22,7 +22,7 @@ from tornado_sa.changes import session_of, writing_word
 from tornado_sa.core import DatabaseCore
 from tornado_sa.errors import ConfigurationError, TornadoSAError
 from tornado_sa.memory import SharedPool
-from tornado_sa.reader import LABEL, is_refusal, violation
+from tornado_sa.reader import READS_FOR, is_refusal, violation
 from tornado_sa.scope import ReadOnly, Scope
 from tornado_sa.testing.outer import CONTROL, OURS, Outer, make_outer
 from tornado_sa.testing.session import IsolatedSession
@@ -223,7 +223,7 @@ class Isolation:
         if not self._in_memory:
             self.database._reader.engine  # noqa: B018  (raises if the database has none)
         plain: Session = getattr(session, "sync_session", session)
-        plain.info[LABEL] = scope.label
+        plain.info[READS_FOR] = scope
         plain.info[_READS] = True
 
     @property
@@ -305,7 +305,7 @@ class Isolation:
             return
         word = writing_word(statement)
         if word is not None and not rest[1].execution_options.get(OURS):
-            raise violation(session.info[LABEL], f"its session refused to {word}")
+            raise violation(session.info[READS_FOR], f"its session refused to {word}")
 
     def _translate(self, context: ExceptionContext) -> BaseException | None:
         cancelled = isinstance(context.original_exception, asyncio.CancelledError)
@@ -317,7 +317,7 @@ class Isolation:
             return None
         if not is_refusal(context.original_exception):
             return None
-        return violation(session.info[LABEL], "the server refused to write")
+        return violation(session.info[READS_FOR], "the server refused to write")
 
     def check_left(self) -> None:
         """Raise `.TornadoSAError` if units of work are not over."""

@@ -15,7 +15,7 @@ def claims(figures):
                 if figures.has(name, loop, load):
                     tail = figures.tail(name, loop, load)
                     yield f"{name}, {load}, {loop}: p99 at most 1.6 x p50", tail, tail.median <= 1.6
-        for name in (BRIDGE, ASYNC):
+        for name in (BRIDGE, READ_ONLY, ASYNC):
             yield from _waiting(figures, loop, name)
     if figures.has(READ_ONLY, "uvloop", "/db 32"):
         ours = figures.median(READ_ONLY, "uvloop", "/db 32", "rate")

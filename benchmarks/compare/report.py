@@ -108,7 +108,12 @@ def _plot(figures):
     drawn, [axes] = pyplot.subplots(
         1, len(loads), figsize=(13, 5.2), sharey=True, layout="constrained", squeeze=False
     )
-    names = [name for name in reversed(figures.names) if "limit" not in name]
+    names = [
+        name
+        for name in reversed(figures.names)
+        if "limit" not in name
+        and any(figures.has(name, loop, load) for loop, *_ in LOOPS for load in loads)
+    ]
     for load, axis in zip(loads, axes, strict=True):
         for loop, shift, alpha in LOOPS:
             for row, name in enumerate(names):

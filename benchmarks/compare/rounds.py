@@ -18,12 +18,18 @@ import world
 
 REFERENCE = Contestant("by hand, AsyncSession", "tornado_by_hand.py")
 _NO_HOLD = ("/plain", "/db", "/queries", "/update", "/slow")
-_READS = ("/db", "/queries")
+_READS = ("/db", "/queries", "/slow", "/hold")
 
 CONTESTANTS = [
     Contestant("bare Tornado", "tornado_bare.py", paths=("/plain",)),
     Contestant("asyncpg, no ORM (the limit)", "tornado_asyncpg.py"),
     REFERENCE,
+    Contestant(
+        "by hand, answers before closing",
+        "tornado_by_hand.py",
+        ("--answer-first",),
+        paths=("/slow",),
+    ),
     Contestant("tornado_sa, bridge", "tornado_sa_plain.py"),
     Contestant(
         "tornado_sa, bridge, read-only", "tornado_sa_plain.py", ("--read-only",), paths=_READS
@@ -37,7 +43,7 @@ CONTESTANTS = [
         "tornado_sa, Session, read-only",
         "tornado_sa_plain.py",
         ("--sync", "--read-only"),
-        paths=_READS,
+        paths=("/db", "/queries"),
     ),
     Contestant("by hand, Session", "tornado_by_hand_sync.py", paths=_NO_HOLD),
     Contestant("tornado-sqlalchemy", "tornado_sqlalchemy_mixin.py", paths=_NO_HOLD),
@@ -78,7 +84,8 @@ def profile(options):
     for contestant in chosen(CONTESTANTS, options.only or ["tornado_sa, bridge, read-only"]):
         with started(contestant, "asyncio", options) as server:
             server.measure(load, 1)
-            show(f"{load.path}, {contestant.name}", shares(server, load, 20))
+            cpu = server.measure(load, 5).cpu
+            show(f"{load.path}, {contestant.name}", shares(server, load, 60), cpu)
     return 0
 
 

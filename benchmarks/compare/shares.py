@@ -18,7 +18,7 @@ OWNERS = {
 }
 ROOT = re.escape(str(Path(__file__).parents[2]))
 PACKAGE = re.compile(
-    rf".*(?:site-packages|lib/python3\.\d+|{ROOT}/benchmarks/compare|{ROOT})/(\w+)"
+    rf".*(?:site-packages|lib/python3\.\d+|{ROOT}/benchmarks/compare|{ROOT})/(\w+)(?:/(\w+))?"
 )
 RATE = 250  # samples per second, for each of which the server is stopped
 
@@ -45,19 +45,33 @@ def shares(server, load, seconds):
 
 
 def owner(stack):
-    """Whose function it is that runs, or that has called into Python's library or into C."""
+    """Whose function it is that runs, or that has called into Python's library or into C.
+
+    And, where it is ours, its module.
+    """
     for frame in reversed(stack):
         package = PACKAGE.search(frame)
         if package is not None and package[1] in OWNERS:
-            return OWNERS[package[1]]
-    return "the rest"
+            return OWNERS[package[1]], package[2] if package[1] == "tornado_sa" else ""
+    return "the rest", ""
 
 
-def show(title, found):
-    """Print the shares as a table of reStructuredText."""
+def show(title, found, cpu):
+    """Print the shares as a table of reStructuredText, and another of ours by module.
+
+    ``cpu``: of one request, in microseconds, while nobody looked.
+    """
     total = sum(found.values())
-    print(f"{title} ({total:,} samples)\n")
-    print("==============  ======\nwhose           share\n==============  ======")
-    for name, count in found.most_common():
-        print(f"{name:14}  {count / total:6.1%}")
-    print("==============  ======\n")
+    owners, modules = Counter(), Counter()
+    for (name, module), count in found.items():
+        owners[name] += count
+        if module:
+            modules[module] += count
+    print(f"{title} ({total:,} samples, {cpu:.0f} µs of CPU per request)\n")
+    for heading, counts in (("whose", owners), ("our module", modules)):
+        if counts:
+            line = "==============  ======  ======"
+            print(f"{line}\n{heading:14}   share  µs\n{line}")
+            for name, count in counts.most_common():
+                print(f"{name:14}  {count / total:6.1%}  {count / total * cpu:6.1f}")
+            print(f"{line}\n")

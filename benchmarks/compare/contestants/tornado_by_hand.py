@@ -50,6 +50,8 @@ class Slow(RequestHandler):
         async with make_session() as session:
             await session.execute(world.SLEEP)
             self.write({"slept": True})
+            if options.given.answer_first:
+                self.finish()
 
 
 class Hold(RequestHandler):

@@ -46,6 +46,8 @@ class Update(AsyncSessionHandler):
 
 
 class Slow(AsyncSessionHandler):
+    read_only_methods = READS
+
     async def get(self):
         await self.session.execute(world.SLEEP)
         self.write({"slept": True})
@@ -53,6 +55,7 @@ class Slow(AsyncSessionHandler):
 
 class Hold(AsyncSessionHandler):
     database = small
+    read_only_methods = READS
 
     async def get(self):
         await self.session.execute(world.ONE)

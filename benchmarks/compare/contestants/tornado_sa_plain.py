@@ -59,6 +59,8 @@ class Update(SessionHandler):
 
 
 class Slow(SessionHandler):
+    read_only_methods = READS
+
     def get(self):
         self.session.execute(world.SLEEP)
         self.write({"slept": True})
@@ -66,6 +68,7 @@ class Slow(SessionHandler):
 
 class Hold(SessionHandler):
     database = small
+    read_only_methods = READS
 
     async def get(self):
         self.session.execute(world.ONE)

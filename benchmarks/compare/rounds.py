@@ -43,7 +43,7 @@ CONTESTANTS = [
         "tornado_sa, Session, read-only",
         "tornado_sa_plain.py",
         ("--sync", "--read-only"),
-        paths=("/db", "/queries"),
+        paths=_READS,
     ),
     Contestant("by hand, Session", "tornado_by_hand_sync.py", paths=_NO_HOLD),
     Contestant("tornado-sqlalchemy", "tornado_sqlalchemy_mixin.py", paths=_NO_HOLD),

@@ -78,6 +78,8 @@ class Hold(SessionHandler):
 
 
 class SlowInThread(SessionHandler):
+    read_only_methods = READS
+
     async def get(self):
         await db.to_thread(lambda: db.session.execute(world.SLEEP))
         self.write({"slept": True})
@@ -85,6 +87,7 @@ class SlowInThread(SessionHandler):
 
 class HoldInThread(SessionHandler):
     database = small
+    read_only_methods = READS
 
     async def get(self):
         await small.to_thread(self.hold)
